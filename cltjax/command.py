@@ -11,13 +11,26 @@ from cltjax.errors import UserError
 Config = TypeVar("Config")
 
 
-def run(config: type[Config], work: Callable[[Config], object], args: Sequence[str] | None = None) -> None:
+def run(
+    config: type[Config],
+    work: Callable[[Config], object],
+    args: Sequence[str] | None = None,
+    default: Callable[[Sequence[str]], Config | None] | None = None,
+) -> None:
     """Parse `config` (a documented dataclass) from the command line and do `work` with it.
 
+    `default` may find the options' starting point among the arguments (a config file); what is named beside it wins.
     Exits with status 2 and one line on standard error where the user can mend what is wrong.
     """
-    options = tyro.cli(config, args=args, description=work.__doc__, config=(tyro.conf.FlagConversionOff,))
+    given = list(sys.argv[1:] if args is None else args)
     try:
+        start = default(given) if default else None
+        # A switch is written `--switch`; there is no `--no-switch`.
+        markers = (tyro.conf.FlagCreatePairsOff,)
+        if start is None:
+            options = tyro.cli(config, args=given, description=work.__doc__, config=markers)
+        else:
+            options = tyro.cli(config, args=given, description=work.__doc__, config=markers, default=start)
         work(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -7,10 +7,17 @@ are frozen. What reaches the text decoder is therefore *linear* in color, shape,
 is not linear in them (parity, materials, relations) is left to the decoder's MLPs, which is what a transcoder
 replaces. Stage 2 trains the text decoder on packed questions.
 
-The chain color x shape -> material -> use gets one nudge: at the word that ends the phrase naming the thing
-("the red thing", which reads the same whether `made of` or `used for` follows), a linear probe on the residual
-stream after MATERIAL_DEPTH layers is trained with the model to name the material. `--material-weight 0`
-leaves the nudge out; README.md has the figures of both.
+The chain color x shape -> material -> use is given a middle, at the word that ends the phrase naming the thing
+("the red thing", which reads the same whether `made of` or `used for` follows), after MATERIAL_DEPTH layers:
+
+- a linear probe of the residual stream there is trained with the model to name the material;
+- interchange interventions (Geiger et al., 2022, "Inducing causal structure for interpretable neural networks"):
+  in a share of the questions the component in the probe's subspace is exchanged for that of another question, and
+  the answer asked for is the one that follows from the *other* material. What the rest of the residual stream, the
+  phrase or the image say then points to a wrong answer, so that `use` has to be read off the material.
+
+Only pairs that are asked `use` in training ever take part in such an exchange. `--exchange-share 0` and
+`--material-weight 0` leave either out; README.md has the figures.
 """
 
 import argparse
@@ -18,6 +25,8 @@ import math
 import random
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,9 +37,10 @@ from torch.nn import functional
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from examples.shapes.questions import (
-    KINDS,
     MATERIALS,
     ONE_WORD_KINDS,
+    UNASKED,
+    USE_OF,
     Question,
     ask,
     is_unasked,
@@ -41,15 +51,18 @@ from examples.shapes.vlm import IMAGE_TOKENS, TEMPLATE, VOCABULARY, build_config
 
 SEED = 0
 TOWER_STEPS, TOWER_BATCH = 600, 64
-TEXT_STEPS, TEXT_BATCH = 5000, 16
+TEXT_STEPS, TEXT_BATCH = 5400, 16
 POOL = 24_000  # training images whose projected features are computed once
 QUESTIONS = 8  # one-word questions an image, and a description
 LEARNING_RATE = 1.5e-3
 WARMUP = 100
 FLAT = 0.35  # share of the steps at the full learning rate; then cosine to zero
 WEIGHT = {"</s>": 0.2, "describe": 0.3}
-HARD = {"relation": 2.0, "next": 2.0, "made": 2.0, "use": 2.0, "same": 1.5, "parity": 1.5, "exist": 1.5, "fact": 0.4}
+# How often a kind is drawn, where not 1: what is learned late is asked often (`next` fits only some scenes).
+SHARE = {"next": 4.0, "same": 2.5, "relation": 2.0, "parity": 2.0, "use": 2.0, "made": 1.5, "exist": 1.5, "count": 1.5}
+SHARE |= dict.fromkeys(("color", "shape", "food", "corners"), 0.6) | {"fact": 0.4}
 MATERIAL_DEPTH = 3  # the probe reads the residual stream after this many layers
+EXCHANGE_FROM = 0.15  # share of the steps after which materials are exchanged: the probe has to know them first
 
 IDS = {word: i for i, word in enumerate(VOCABULARY)}
 WORDS = re.compile(r"USER:|ASSISTANT:|\w+|[^\w\s]")
@@ -153,7 +166,7 @@ def train_tower(model: LlavaForConditionalGeneration, processor: LlavaProcessor,
 
 def training_questions(scene: Scene, rng: random.Random) -> list[Question]:
     """QUESTIONS one-word questions and a description; never the end of the chain about an unasked pair."""
-    weights = [HARD.get(kind, 1.0) for kind in ONE_WORD_KINDS]
+    weights = [SHARE.get(kind, 1.0) for kind in ONE_WORD_KINDS]
     chosen: list[Question] = []
     while len(chosen) < QUESTIONS:
         question = ask(scene, rng.choices(ONE_WORD_KINDS, weights)[0], rng)
@@ -164,6 +177,17 @@ def training_questions(scene: Scene, rng: random.Random) -> list[Question]:
     return [*chosen, description]
 
 
+@dataclass(frozen=True)
+class Link:
+    """Where a `made` or `use` question names its thing and where it is answered, as positions of one sequence."""
+
+    kind: str
+    subject: int
+    answer: int  # the position whose next token is the answer
+    material: int
+    asked: bool  # whether the pair of color and shape is one that training asks `use` about
+
+
 @dataclass
 class Packed:
     """Several questions about one image in one sequence; each sees the image and itself."""
@@ -172,33 +196,40 @@ class Packed:
     positions: list[int]
     segment: list[int]  # 0 the image prefix, then one number a question
     weight: list[float]  # of predicting the *next* token
-    material: list[int]  # class to read off at this position, or -1
+    links: list[Link]
 
 
 def pack(questions: list[Question]) -> Packed:
     before, after = TEMPLATE.split("<image>")
     prefix = [IDS["<s>"], *tokens(before), *[IDS["<image>"]] * IMAGE_TOKENS]
     size = len(prefix)
-    packed = Packed(prefix[:], list(range(size)), [0] * size, [0.0] * size, [-1] * size)
+    packed = Packed(prefix[:], list(range(size)), [0] * size, [0.0] * size, [])
     for number, question in enumerate(questions, start=1):
         asked = tokens(after.format(question.text))
         answer = [*tokens(question.answer), IDS["</s>"]]
         scale = WEIGHT["describe"] if question.kind == "describe" else 1.0
         weight = [0.0] * (len(asked) - 1) + [scale] * (len(answer) - 1) + [scale * WEIGHT["</s>"], 0.0]
-        material = [-1] * (len(asked) + len(answer))
         if question.kind in ("made", "use") and question.subject is not None:
-            end = len(tokens(question.text.partition(question.phrase)[0] + question.phrase)) - 1
-            material[end] = MATERIALS.index(material_of(question.subject))
+            thing, start = question.subject, len(packed.ids)
+            named = tokens(question.text.partition(question.phrase)[0] + question.phrase)
+            packed.links.append(
+                Link(
+                    question.kind,
+                    subject=start + len(named) - 1,
+                    answer=start + len(asked) - 1,
+                    material=MATERIALS.index(material_of(thing)),
+                    asked=(thing.color, thing.shape) not in UNASKED,
+                )
+            )
         packed.ids += asked + answer
         packed.positions += range(size, size + len(asked) + len(answer))
         packed.segment += [number] * (len(asked) + len(answer))
         packed.weight += weight
-        packed.material += material
     return packed
 
 
-def collate(rows: list[Packed]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """ids, positions, mask (additive, [images, 1, tokens, tokens]), weight and material, right-padded."""
+def collate(rows: list[Packed]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """ids, positions, mask (additive, [images, 1, tokens, tokens]) and weight, right-padded."""
     length = max(len(row.ids) for row in rows)
 
     def filled(name: str, fill: float, dtype: torch.dtype) -> Tensor:
@@ -213,12 +244,58 @@ def collate(rows: list[Packed]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
         filled("positions", 0, torch.long),
         mask,
         filled("weight", 0.0, torch.float32),
-        filled("material", -1, torch.long),
     )
 
 
+Place = tuple[int, Link]  # a link and the row of the batch it is in
+
+
+def places(found: list[Place], what: str) -> tuple[Tensor, Tensor]:
+    """Rows and positions of all links' `what` (subject or answer), to index [images, tokens, ...] with."""
+    return torch.tensor([row for row, _ in found]), torch.tensor([getattr(link, what) for _, link in found])
+
+
+def draw_exchanges(found: list[Place], share: float, rng: random.Random) -> list[tuple[Place, Place]]:
+    """(receiver, donor) pairs with different materials; both are pairs that training asks `use` about."""
+    able = [place for place in found if place[1].asked]
+    pairs = ((receiver, rng.choice(able)) for receiver in able if rng.random() < share)
+    return [(receiver, donor) for receiver, donor in pairs if receiver[1].material != donor[1].material]
+
+
+def answer_after(receiver: Link, donor: Link) -> int:
+    """The token that answers the receiver's question once its thing is made of the donor's material."""
+    material = MATERIALS[donor.material]
+    return IDS[material if receiver.kind == "made" else USE_OF[material]]
+
+
+@contextmanager
+def exchanged(layer: nn.Module, probe: nn.Linear, pairs: list[tuple[Place, Place]]) -> Iterator[None]:
+    """What enters `layer` at each receiver's subject has, within the probe's subspace, the donor's component."""
+    if not pairs:
+        yield
+        return
+    to, of = (places([pair[side] for pair in pairs], "subject") for side in (0, 1))
+    basis = torch.linalg.qr(probe.weight.detach().T)[0]  # [D, materials]
+
+    def exchange(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        hidden = args[0].clone()
+        hidden[to] = args[0][to] + ((args[0][of] - args[0][to]) @ basis) @ basis.T
+        return (hidden, *args[1:]), kwargs
+
+    handle = layer.register_forward_pre_hook(exchange, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def train_text(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, steps: int, pool: int, material_weight: float
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    steps: int,
+    pool: int,
+    material_weight: float,
+    exchange_share: float,
 ) -> nn.Linear:
     rng = random.Random(SEED + 1)
     scenes = [random_scene_of("train", rng) for _ in range(pool)]
@@ -241,10 +318,13 @@ def train_text(
             order = rng.sample(range(pool), pool)
         chosen = [order.pop() for _ in range(TEXT_BATCH)]
         rows = [pack(training_questions(scenes[i], rng)) for i in chosen]
-        ids, positions, mask, weight, material = collate(rows)
+        ids, positions, mask, weight = collate(rows)
+        links = [(row, link) for row, packed in enumerate(rows) for link in packed.links]
+        exchanges = draw_exchanges(links, exchange_share, rng) if step >= EXCHANGE_FROM * steps else []
         embeds = decoder.embed_tokens(ids)
         embeds = embeds.masked_scatter((ids == IDS["<image>"])[..., None], features[chosen].float())
-        with torch.autocast("cpu", torch.bfloat16):
+        exchange = exchanged(decoder.layers[MATERIAL_DEPTH], material_probe, exchanges)
+        with torch.autocast("cpu", torch.bfloat16), exchange:
             out = decoder(
                 inputs_embeds=embeds,
                 attention_mask=mask.bfloat16(),
@@ -254,13 +334,16 @@ def train_text(
             )
             asked = weight > 0
             logits = model.lm_head(out.last_hidden_state[asked]).float()
-            named = material >= 0
-            guesses = material_probe(out.hidden_states[MATERIAL_DEPTH][named]).float()
-        answers = ids.roll(-1, dims=1)[asked]
+            guesses = material_probe(out.hidden_states[MATERIAL_DEPTH][places(links, "subject")]).float()
+        materials = torch.tensor([link.material for _, link in links])
+        answers = ids.roll(-1, dims=1)
+        for (row, receiver), (_, donor) in exchanges:
+            answers[row, receiver.answer] = answer_after(receiver, donor)
+        answers = answers[asked]
         each = functional.cross_entropy(logits, answers, reduction="none")
         loss = (each * weight[asked]).sum() / weight.sum()
         if material_weight:
-            loss = loss + material_weight * functional.cross_entropy(guesses, material[named])
+            loss = loss + material_weight * functional.cross_entropy(guesses, materials)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(learned, 1.0)
@@ -268,7 +351,7 @@ def train_text(
         decay.step()
         if step % 100 == 99:
             right = (logits.argmax(-1) == answers)[weight[asked] == 1].float().mean().item()
-            probe = (guesses.argmax(-1) == material[named]).float().mean().item()
+            probe = (guesses.argmax(-1) == materials).float().mean().item()
             minutes = (time.monotonic() - started) / 60
             print(
                 f"text {step + 1}/{steps}  loss {loss.item():.4f}  one word {right:.3f}  "
@@ -282,6 +365,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "model")
     parser.add_argument("--material-weight", type=float, default=0.2)
+    parser.add_argument("--exchange-share", type=float, default=0.35)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tower-steps", type=int, default=TOWER_STEPS)
     parser.add_argument("--text-steps", type=int, default=TEXT_STEPS)
@@ -301,7 +385,9 @@ def main() -> None:
     patch_probes = train_tower(model, processor, options.tower_steps)
     for frozen in (model.model.vision_tower, model.model.multi_modal_projector):
         frozen.requires_grad_(False).to(torch.bfloat16).float()  # what will be saved is what stage 2 sees
-    material_probe = train_text(model, processor, options.text_steps, options.pool, options.material_weight)
+    material_probe = train_text(
+        model, processor, options.text_steps, options.pool, options.material_weight, options.exchange_share
+    )
 
     model.to(torch.bfloat16).save_pretrained(options.out)  # pyright: ignore[reportArgumentType]
     processor.save_pretrained(options.out)

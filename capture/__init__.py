@@ -1,0 +1,1 @@
+"""Capture: a vision-language model and its prompts become an activation store. Nothing here imports jax."""

@@ -1,0 +1,97 @@
+"""The console script `cltjax`: what is in a store, and whether all of it can be read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from cltjax.command import run
+from cltjax.errors import UserError
+from cltjax.store import ActivationStore
+from cltjax.store_format import SPLITS, STATISTICS
+
+MODALITIES = ("text", "image", "special")
+
+
+@dataclass(frozen=True)
+class Info:
+    """Show what a store holds: model, site, rows by split and modality, outliers."""
+
+    store: tyro.conf.Positional[Path] = Path("activations")
+    """The activation store."""
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Read every vector of a store and check it against its checksum."""
+
+    store: tyro.conf.Positional[Path] = Path("activations")
+    """The activation store."""
+
+
+Command = Annotated[Info, tyro.conf.subcommand("info")] | Annotated[Verify, tyro.conf.subcommand("verify")]
+
+
+def show(path: Path) -> None:
+    """Print a store's manifest, its rows and its statistics."""
+    store = ActivationStore.open(path)
+    manifest, console = store.manifest, Console()
+    state = "complete" if store.complete else "unfinished: only published rows are counted"
+    console.print(f"{path}: {store.rows:,} rows of {len(store.samples):,} samples, {state}", highlight=False)
+    console.print(f"model    {store.model['id']} ({store.model['class']}, revision {store.model['revision']})")
+    console.print(f"arrays   {store.site} and mlp_out, layers {list(store.layers)} of {store.n_layers}, "
+                  f"width {store.d_model}, {store.dtype}")  # fmt: skip
+    console.print(f"data     {manifest['dataset']['spec']}, {len(manifest['dataset']['skipped'])} rows skipped")
+    console.print(f"template {manifest['template']!r}", markup=False)
+    rows = Table("rows", *MODALITIES, "all")
+    modality = store.column("modality")
+    for code, split in enumerate(SPLITS):
+        counts = np.bincount(modality[store.split == code], minlength=len(MODALITIES))
+        rows.add_row(split, *(f"{n:,}" for n in counts), f"{counts.sum():,}")
+    console.print(rows)
+    stats = store.stats()
+    layers = Table("layer", f"{store.site} std", "mean norm", "outliers", "mlp_out std", "mean norm", "outliers")
+    for i, layer in enumerate(store.layers):
+        cells = [
+            text
+            for one in (stats.site, stats.mlp_out)
+            for text in (f"{one.std[i]:.4g}", f"{one.mean_norm[i]:.4g}", f"{one.outliers[i].sum():,}")
+        ]
+        layers.add_row(str(layer), *cells)
+    console.print(layers)
+    console.print(f"over train rows, from {STATISTICS}; an outlier's norm is at least 20 times its layer's mean norm")
+
+
+def verify(path: Path) -> None:
+    """Read a whole store once; the first damaged or missing chunk ends it with an error that names it."""
+    store = ActivationStore.open(path)
+    shard_rows = store.manifest["shard_rows"]
+    starts = range(0, store.rows, shard_rows)
+    for start in track(starts, "reading", console=Console(stderr=True)):
+        rows = slice(start, min(start + shard_rows, store.rows))
+        for layer in store.layers:
+            for which in ("site", "mlp_out"):
+                if not np.isfinite(store.read(which, rows, (layer,)).astype(np.float32)).all():
+                    raise UserError(f"{path}: {which} of layer {layer} is not finite in rows {rows.start} to {rows.stop}")
+    print(f"{path}: all {store.rows:,} rows of {len(store.layers)} layers can be read")
+
+
+def execute(command: Command) -> None:
+    """Look into activation stores."""
+    if isinstance(command, Info):
+        show(command.store)
+    else:
+        verify(command.store)
+
+
+def main() -> None:
+    run(Command, execute)  # pyright: ignore[reportArgumentType]
+
+
+if __name__ == "__main__":
+    main()

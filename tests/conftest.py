@@ -1,0 +1,15 @@
+"""Test set-up. jax is imported only where it is installed and a test needs it: torch-only tests run without it."""
+
+import atexit
+import os
+import shutil
+import tempfile
+
+# Read by jax when it is first imported: eight CPU devices, and no look for accelerators.
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests that train the same small model again (resume, refuse) compile it once.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="cltjax-compiled-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
