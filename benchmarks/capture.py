@@ -58,13 +58,17 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--folder", type=Path, help="where the store is written; default: the system's temporary folder")
+    parser.add_argument(
+        "--folder", type=Path, help="where the store is written; default: the system's temporary folder"
+    )
     options = parser.parse_args()
 
     vlm = random_7b() if options.shape == "llava-7b" else load(str(DEMO), "auto", "auto")
     dataset = load_dataset("shapes", max_samples=options.samples)
-    print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, "
-          f"{torch.cuda.get_device_name() if vlm.device.type == 'cuda' else f'{torch.get_num_threads()} CPU threads'}")
+    print(
+        f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, "
+        f"{torch.cuda.get_device_name() if vlm.device.type == 'cuda' else f'{torch.get_num_threads()} CPU threads'}"
+    )
     ratios = []
     for pair in range(options.pairs + 1):  # the first is a warm-up
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
@@ -78,8 +82,11 @@ def main() -> None:
                 print(f"{store.rows:,} rows: {size / store.rows:,.1f} bytes a token, {content:,} of them activations")
                 continue
         ratios.append(captured / plain)
-        print(f"forward {plain:.2f} s, capture {captured:.2f} s, ratio {ratios[-1]:.3f}, "
-              f"{store.rows / captured:,.0f} tokens/s", flush=True)
+        print(
+            f"forward {plain:.2f} s, capture {captured:.2f} s, ratio {ratios[-1]:.3f}, "
+            f"{store.rows / captured:,.0f} tokens/s",
+            flush=True,
+        )
     print(f"median ratio {statistics.median(ratios):.3f} of {len(ratios)} pairs")
 
 

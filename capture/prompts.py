@@ -104,7 +104,8 @@ def _read_rows(path: Path) -> list[Any]:
         if text.lstrip().startswith("["):
             rows = json.loads(text)
         else:
-            for number, line in enumerate(text.splitlines(), start=1):
+            for line in text.splitlines():
+                number += 1
                 if line.strip():
                     rows.append(json.loads(line))
     except json.JSONDecodeError as error:
@@ -239,7 +240,9 @@ def resolve_template(choice: str, processor: Any) -> Template:
     """
     if choice == "chat":
         if not getattr(processor, "chat_template", None):
-            raise UserError("the model has no chat template: pass --template llava-1.5, or text with {image} and {prompt}")
+            raise UserError(
+                "the model has no chat template: pass --template llava-1.5, or one with {image} and {prompt}"
+            )
         return Template(_chat(processor, image=True), _chat(processor, image=False))
     text = NAMED_TEMPLATES.get(choice, choice).replace("\\n", "\n")
     missing = [place for place in ("{image}", "{prompt}") if place not in text]

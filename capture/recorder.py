@@ -56,8 +56,13 @@ def batches(
     windows: list[list[Sample]], batch_size: int, encode: Callable[[Sample], Encoded], first: int = 0
 ) -> Iterator[Batch]:
     """Batches from number `first` on; the next window is encoded on a thread while this one is used."""
-    starts = np.cumsum([0, *(-(-len(window) // batch_size) for window in windows)])
-    todo = [(int(start), window) for start, window in zip(starts, windows, strict=False) if start + -(-len(window) // batch_size) > first]
+    todo: list[tuple[int, list[Sample]]] = []  # windows that are not wholly done, each with its first batch's number
+    start = 0
+    for window in windows:
+        end = start + -(-len(window) // batch_size)
+        if end > first:
+            todo.append((start, window))
+        start = end
     if not todo:
         return
 

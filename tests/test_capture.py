@@ -21,8 +21,8 @@ def command(out: Path, *options: str) -> list[str]:
 
 
 def run(out: Path, *options: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command(out, *options), cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command(out, *options), cwd=ROOT, capture_output=True, text=True, check=False, env=offline)
 
 
 def digests(folder: Path) -> dict[str, str]:

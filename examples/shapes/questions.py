@@ -20,9 +20,7 @@ FOOD = dict(zip(COLORS, ("tomato", "lettuce", "blueberry", "banana", "plum", "ca
 CORNERS = dict(zip(SHAPES, ("0", "4", "3", "12"), strict=True))
 MATERIALS = ("wood", "wool", "stone", "clay", "silk", "glass")
 USES = ("building", "clothing", "cooking")
-USE_OF = dict(
-    zip(MATERIALS, ("building", "clothing", "building", "cooking", "clothing", "cooking"), strict=True)
-)
+USE_OF = dict(zip(MATERIALS, ("building", "clothing", "building", "cooking", "clothing", "cooking"), strict=True))
 _SHIFT = (0, 1, 3, 4)  # by shape: one Latin rectangle row each
 MATERIAL = {
     (color, shape): MATERIALS[(c + _SHIFT[s]) % len(MATERIALS)]
@@ -31,10 +29,7 @@ MATERIAL = {
 }
 # A third of the pairs: two colors of every shape. Every material, color and shape keeps at least two asked pairs.
 UNASKED = frozenset(
-    (color, shape)
-    for c, color in enumerate(COLORS)
-    for s, shape in enumerate(SHAPES)
-    if c % 3 == s % 3
+    (color, shape) for c, color in enumerate(COLORS) for s, shape in enumerate(SHAPES) if c % 3 == s % 3
 )
 
 
@@ -188,9 +183,7 @@ _ASK: dict[str, Callable[[Scene, random.Random], Question | None]] = {
     "next": _next,
     "same": _same,
     "food": _about("food", "What food has the color of {}?", lambda t: FOOD[t.color], ("shape", "place")),
-    "corners": _about(
-        "corners", "How many corners does {} have?", lambda t: CORNERS[t.shape], ("color", "place")
-    ),
+    "corners": _about("corners", "How many corners does {} have?", lambda t: CORNERS[t.shape], ("color", "place")),
     "made": _about("made", "What is {} made of?", material_of, _EVERYTHING),
     "use": _about("use", "What is {} used for?", lambda t: USE_OF[material_of(t)], _EVERYTHING),
     "fact": _fact,

@@ -47,7 +47,16 @@ from examples.shapes.questions import (
     material_of,
 )
 from examples.shapes.scenes import COLORS, GRID, SHAPES, Scene, random_scene_of, render
-from examples.shapes.vlm import IMAGE_TOKENS, TEMPLATE, VOCABULARY, build_config, build_processor
+from examples.shapes.vlm import (
+    IMAGE_TOKENS,
+    TEMPLATE,
+    TEXT_LAYERS,
+    VISION_LAYERS,
+    VOCABULARY,
+    WIDTH,
+    build_config,
+    build_processor,
+)
 
 SEED = 0
 TOWER_STEPS, TOWER_BATCH = 600, 64
@@ -136,7 +145,7 @@ def pixel_values(processor: LlavaProcessor, scenes: list[Scene], rng: random.Ran
 
 def train_tower(model: LlavaForConditionalGeneration, processor: LlavaProcessor, steps: int) -> PatchProbes:
     rng = random.Random(SEED)
-    probes = PatchProbes(model.config.text_config.hidden_size)
+    probes = PatchProbes(WIDTH)
     learned = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
     learned += list(probes.parameters())
     optimizer = torch.optim.AdamW(learned, lr=LEARNING_RATE, weight_decay=0.01)
@@ -307,7 +316,7 @@ def train_text(
             ]
         )
     decoder = model.model.language_model
-    material_probe = nn.Linear(model.config.text_config.hidden_size, len(MATERIALS))
+    material_probe = nn.Linear(WIDTH, len(MATERIALS))
     learned = [*decoder.parameters(), *model.lm_head.parameters(), *material_probe.parameters()]
     optimizer = torch.optim.AdamW(learned, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, steps))
@@ -362,7 +371,7 @@ def train_text(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "model")
     parser.add_argument("--material-weight", type=float, default=0.2)
     parser.add_argument("--exchange-share", type=float, default=0.35)
@@ -375,12 +384,11 @@ def main() -> None:
     torch.set_num_threads(options.threads)
 
     processor = build_processor()
-    config = build_config()
-    model = LlavaForConditionalGeneration(config)
-    fan_in_init(model.model.vision_tower, config.vision_config.num_hidden_layers)
+    model = LlavaForConditionalGeneration(build_config())
+    fan_in_init(model.model.vision_tower, VISION_LAYERS)
     fan_in_init(model.model.multi_modal_projector, 1)
-    fan_in_init(model.model.language_model, config.text_config.num_hidden_layers)
-    nn.init.normal_(model.lm_head.weight, std=1 / math.sqrt(config.text_config.hidden_size))
+    fan_in_init(model.model.language_model, TEXT_LAYERS)
+    nn.init.normal_(model.lm_head.weight, std=1 / math.sqrt(WIDTH))
 
     patch_probes = train_tower(model, processor, options.tower_steps)
     for frozen in (model.model.vision_tower, model.model.multi_modal_projector):
@@ -391,8 +399,11 @@ def main() -> None:
 
     model.to(torch.bfloat16).save_pretrained(options.out)  # pyright: ignore[reportArgumentType]
     processor.save_pretrained(options.out)
-    probes = {f"patch.{name}.{key}": value for name, head in patch_probes.heads.items()
-              for key, value in head.state_dict().items()}
+    probes = {
+        f"patch.{name}.{key}": value
+        for name, head in patch_probes.heads.items()
+        for key, value in head.state_dict().items()
+    }
     probes |= {f"material.{key}": value for key, value in material_probe.state_dict().items()}
     save_file(
         {name: value.contiguous() for name, value in probes.items()},

@@ -15,6 +15,7 @@ from examples.shapes.scenes import COLORS, COLUMNS, IMAGE_SIZE, ROWS, SHAPES
 
 PATCH = 8  # pixels: a 6x6 grid of patches, four to a cell
 IMAGE_TOKENS = (IMAGE_SIZE // PATCH) ** 2
+WIDTH, TEXT_LAYERS, VISION_LAYERS = 128, 6, 4
 TEMPLATE = "USER: <image>\n{} ASSISTANT:"
 # What the processor's `apply_chat_template` writes; the same text as TEMPLATE for one image and one question.
 CHAT_TEMPLATE = (
@@ -41,7 +42,7 @@ VOCABULARY = tuple(dict.fromkeys((*_SPECIAL, *_WORDS)))
 
 
 def build_processor(image_size: int = IMAGE_SIZE, patch: int = PATCH) -> LlavaProcessor:
-    """Word-level tokens; an image is scaled to `image_size` pixels and becomes (image_size / patch)^2 `<image>` tokens."""
+    """Word-level tokens; an image is scaled to `image_size` pixels and is (image_size / patch)^2 `<image>` tokens."""
     core = Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>")  # pyright: ignore[reportCallIssue]
     )
@@ -82,7 +83,7 @@ def build_config() -> LlavaConfig:
     vision = CLIPVisionConfig(
         hidden_size=96,
         intermediate_size=384,
-        num_hidden_layers=4,
+        num_hidden_layers=VISION_LAYERS,
         num_attention_heads=4,
         image_size=IMAGE_SIZE,
         patch_size=PATCH,
@@ -90,9 +91,9 @@ def build_config() -> LlavaConfig:
     )
     text = LlamaConfig(
         vocab_size=len(VOCABULARY),
-        hidden_size=128,
+        hidden_size=WIDTH,
         intermediate_size=256,
-        num_hidden_layers=6,
+        num_hidden_layers=TEXT_LAYERS,
         num_attention_heads=4,
         num_key_value_heads=4,
         head_dim=16,
