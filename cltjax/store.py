@@ -300,7 +300,7 @@ class ActivationStore:
                 for (a, b), (start, _) in zip(group, spans, strict=True):
                     wanted = slice(begin + a, begin + b) if order is None else order[begin + a : begin + b]
                     for places, _ in runs:
-                        out[wanted, places] = next(values)[local[a:b] - start]
+                        _place(out, wanted, places, next(values), local[a:b] - start)
         return out
 
     def stats(self) -> Stats:
@@ -326,6 +326,16 @@ class ActivationStore:
             return self.parts[0].statistics()[f"{self.parts[0].name(which)}.outliers"]
         train = self.split == SPLITS.index("train")
         return count_outliers(self.norms(which), self.column("modality"), train, outlier_threshold(moments))
+
+
+def _place(out: np.ndarray, wanted: slice | np.ndarray, places: slice, values: np.ndarray, rows: np.ndarray) -> None:
+    """out[wanted, places] = values[rows] where `rows` ascend from 0 to the last of `values`; one copy if possible."""
+    if len(rows) == len(values) and np.all(np.diff(rows) == 1):
+        out[wanted, places] = values
+    elif isinstance(wanted, slice) and places == slice(0, out.shape[1]):
+        np.take(values, rows, axis=0, out=out[wanted], mode="clip")  # any other mode buffers
+    else:
+        out[wanted, places] = values[rows]
 
 
 def _runs(axis: Sequence[int]) -> Iterator[tuple[slice, slice]]:

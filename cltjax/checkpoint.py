@@ -1,0 +1,127 @@
+"""The run directory's lasting part: config.json, Orbax checkpoints, and append-only JSON-lines files."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from cltjax.config import differing
+from cltjax.errors import UserError
+from cltjax.files import write_json
+from cltjax.store import ActivationStore
+
+CONFIG, METRICS, TIMING, SUMMARY = "config.json", "metrics.jsonl", "timing.jsonl", "metrics.json"
+
+
+class Checkpoints:
+    """The checkpoints of one run: the last one is kept. Saving goes on in the background."""
+
+    def __init__(self, run: Path) -> None:
+        self.folder = (run / "checkpoints").absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
+        self.manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+        """Begin to save `state` (a pytree of arrays) and `meta` (JSON) as they are after `step` steps."""
+        composite = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        self.manager.save(step, args=composite)
+
+    def last(self) -> int | None:
+        """Steps done at the last whole checkpoint."""
+        return self.manager.latest_step()
+
+    def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+        """State and meta of a checkpoint; `like` gives the state's shapes, dtypes and shardings."""
+        composite = ocp.args.Composite(state=ocp.args.StandardRestore(like), meta=ocp.args.JsonRestore())
+        found = self.manager.restore(step, args=composite)
+        return found["state"], found["meta"]
+
+    def close(self) -> None:
+        """Wait for what is being saved."""
+        self.manager.wait_until_finished()
+        self.manager.close()
+
+
+def on_device(abstract: Any) -> Any:
+    """A restore target on the first device, from what `jax.eval_shape` gives."""
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract)
+
+
+def identity(store: ActivationStore) -> dict[str, Any]:
+    """What makes two stores the same data, to be recorded beside a run."""
+    spec = store.parts[0].spec.as_json()
+    return {
+        "model": store.model,
+        "site": store.site,
+        "dtype": store.dtype,
+        "template": spec["template"],
+        "dataset": {name: spec["dataset"].get(name) for name in ("spec", "fingerprint")},
+        "rows": store.rows,
+        "samples": len(store.samples),
+    }
+
+
+def claim(run: Path, config: dict[str, Any], data: dict[str, Any], resumable: bool) -> None:
+    """Write config.json, or find that the run there is another one (UserError naming the first field that differs)."""
+    resolved = {"config": config, "data": data}
+    path = run / CONFIG
+    if resumable:
+        old = read_config(run)
+        for part in ("config", "data"):
+            if difference := differing(old[part], resolved[part]):
+                raise UserError(f"{run} holds another run ({part} {difference}): name another --out, or delete it")
+    write_json(path, resolved)
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """{"config", "data"} as `claim` wrote them."""
+    path = run / CONFIG
+    if not path.is_file():
+        raise UserError(f"{run} is no run directory: it has no {CONFIG} (python train.py writes one)")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): restore it, or delete {run} and train again") from error
+    if not isinstance(found, dict) or {"config", "data"} - found.keys():
+        raise UserError(f"{path} is not the configuration of a training run")
+    return found
+
+
+class Lines:
+    """A file of one JSON value a line, to which lines are only ever added."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        """Continue after the first `size` bytes; what an interrupted run wrote beyond them is cut off."""
+        present = path.stat().st_size if path.exists() else 0
+        if present < size:
+            raise UserError(f"{path} is shorter than its checkpoint says: restore it, or delete {path.parent}")
+        self.file = path.open("ab")
+        self.file.truncate(size)
+
+    def add(self, value: dict[str, Any]) -> None:
+        self.file.write(json.dumps(value).encode() + b"\n")
+        self.file.flush()
+
+    def size(self) -> int:
+        """Bytes that are safely on disk."""
+        os.fsync(self.file.fileno())
+        return self.file.tell()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def whole_lines(path: Path) -> int:
+    """Bytes of `path` up to the end of its last whole line."""
+    return path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file; empty where there is none."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
