@@ -79,9 +79,7 @@ def mean_fvu(targets: dict[str, dict[str, Any]]) -> dict[str, float]:
     return {group: float(np.mean([by[group]["fvu"] for by in targets.values()])) for group in groups}
 
 
-def progress(
-    batches: Iterable[tuple[Batch, np.ndarray]], rows: int, doing: str
-) -> Iterator[tuple[Batch, np.ndarray]]:
+def progress(batches: Iterable[tuple[Batch, np.ndarray]], rows: int, doing: str) -> Iterator[tuple[Batch, np.ndarray]]:
     """The same batches, with a line now and then about how far it is."""
     began = said = time.perf_counter()
     done = 0

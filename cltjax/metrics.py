@@ -67,9 +67,7 @@ class Fit:
             }
 
         groups = {EVERY: EVERY, **{name: m for name, m in GROUPS.items() if self.count[m] > 0}}
-        return {
-            str(layer): {name: group(m, t) for name, m in groups.items()} for t, layer in enumerate(targets)
-        }
+        return {str(layer): {name: group(m, t) for name, m in groups.items()} for t, layer in enumerate(targets)}
 
 
 def fit_sums(y: Any, y_hat: Any, membership: Any) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The layer-0 CLT of the bundled demo VLM.
 
-    python capture/run.py --model examples/shapes/model
-    python train.py --config configs/demo.py
-    python evaluate.py --clt runs/L0 --store activations --ridge
+python capture/run.py --model examples/shapes/model
+python train.py --config configs/demo.py
+python evaluate.py --clt runs/L0 --store activations --ridge
 """
 
 from cltjax.config import ModelConfig, TrainConfig

@@ -40,7 +40,7 @@ def whole(case: Case, tmp_path_factory: pytest.TempPathFactory) -> dict[str, byt
 
 def wait_for(writer: StoreWriter, rows: int) -> None:
     """Until the background thread has published `rows`."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while writer.rows < rows:
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -186,7 +186,7 @@ def test_append_does_not_wait_for_the_disk_but_memory_is_bounded(
     let_go, real = threading.Event(), StoreWriter._publish
 
     def slow(writer: StoreWriter, shard: Any) -> None:
-        assert let_go.wait(20)
+        assert let_go.wait(60)
         real(writer, shard)
 
     monkeypatch.setattr(StoreWriter, "_publish", slow)
@@ -200,10 +200,17 @@ def test_append_does_not_wait_for_the_disk_but_memory_is_bounded(
 
         thread = threading.Thread(target=work)
         thread.start()
-        time.sleep(0.3)
-        done = sum(len(case.batches[i][0].columns["sample"]) for i in appended)
-        assert writer.rows == 0 and done >= 23, "append waited for the disk"
-        assert done <= 3 * 23 < case.rows, "append took more than its buffers hold"
+
+        def taken() -> int:
+            return sum(len(case.batches[i][0].columns["sample"]) for i in appended)
+
+        deadline = time.monotonic() + 60
+        while taken() < 23:
+            assert time.monotonic() < deadline, "append waited for the disk"
+            time.sleep(0.002)
+        time.sleep(0.2)
+        assert writer.rows == 0
+        assert taken() <= 3 * 23 < case.rows, "append took more than its buffers hold"
         let_go.set()
         thread.join()
         writer.finish()

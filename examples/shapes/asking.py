@@ -194,9 +194,7 @@ def hooks(handles: list[torch.utils.hooks.RemovableHandle]) -> Iterator[None]:
             handle.remove()
 
 
-def mlps_give(
-    model: LlavaForConditionalGeneration, given: Mapping[int, Tensor]
-) -> AbstractContextManager[None]:
+def mlps_give(model: LlavaForConditionalGeneration, given: Mapping[int, Tensor]) -> AbstractContextManager[None]:
     """Context in which the MLP of each layer in `given` puts out that vector [D] at every position."""
 
     def instead(vector: Tensor) -> Callable[[nn.Module, object, Tensor], Tensor]:

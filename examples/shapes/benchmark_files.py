@@ -84,9 +84,7 @@ def amber_rows(scenes: list[Scene], rng: random.Random) -> dict[str, list[tuple[
         absent = [shape for shape in SHAPES if shape not in here]
         description = ask(scene, "describe", rng)
         assert description is not None
-        rows["generative"].append(
-            (image, description.text, {"type": "generative", "truth": here, "hallu": absent})
-        )
+        rows["generative"].append((image, description.text, {"type": "generative", "truth": here, "hallu": absent}))
         for shape in here:
             right = rng.choice([color for color in COLORS if (color, shape) in present])
             wrong = [color for color in COLORS if (color, shape) not in present]

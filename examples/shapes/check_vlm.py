@@ -81,9 +81,7 @@ class Report:
     def __init__(self) -> None:
         self.rows: list[Row] = []
 
-    def add(
-        self, section: str, name: str, value: float, bar: tuple[str, float] | None = None, note: str = ""
-    ) -> None:
+    def add(self, section: str, name: str, value: float, bar: tuple[str, float] | None = None, note: str = "") -> None:
         row = Row(section, name, value, bar, note)
         if not self.rows or self.rows[-1].section != section:
             print(f"\n{section}")
