@@ -24,6 +24,7 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.utils import logging
 
 from capture import inputs
 from capture.inputs import Encoded
@@ -273,6 +274,8 @@ _DEMO_HINT = f"the bundled demo model, which needs no network, is {DEMO}"
 
 def _load(name: str, dtype: torch.dtype, place: str, *, local: bool) -> tuple[Any, Any]:
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
+    if local:
+        logging.disable_progress_bar()  # a bar for reading files that are here says nothing
     spread: dict[str, Any] = {}
     if place == "cuda":
         # accelerate (if installed) also spreads a model over several GPUs; without it the one GPU has to do

@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from examples.shapes.scenes import COLORS, COLUMNS, ROWS, SHAPES, Scene, Thing
 
 FOOD = dict(zip(COLORS, ("tomato", "lettuce", "blueberry", "banana", "plum", "carrot"), strict=True))
-CORNERS = dict(zip(SHAPES, ("0", "4", "3", "12"), strict=True))
+CORNERS: dict[str, str] = dict(zip(SHAPES, ("0", "4", "3", "12"), strict=True))
 MATERIALS = ("wood", "wool", "stone", "clay", "silk", "glass")
 USES = ("building", "clothing", "cooking")
-USE_OF = dict(zip(MATERIALS, ("building", "clothing", "building", "cooking", "clothing", "cooking"), strict=True))
+USE_OF: dict[str, str] = dict(
+    zip(MATERIALS, ("building", "clothing", "building", "cooking", "clothing", "cooking"), strict=True)
+)
 _SHIFT = (0, 1, 3, 4)  # by shape: one Latin rectangle row each
 MATERIAL = {
     (color, shape): MATERIALS[(c + _SHIFT[s]) % len(MATERIALS)]
