@@ -55,9 +55,9 @@ def seconds(work) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=("demo", "llava-7b"), default="demo")
-    parser.add_argument("--samples", type=int, default=1024)
+    parser.add_argument("--samples", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument(
         "--folder", type=Path, help="where the store is written; default: the system's temporary folder"
     )

@@ -15,6 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import torch
+from PIL import Image
 
 from capture.config import CaptureConfig
 from capture.progress import Progress
@@ -131,11 +132,15 @@ def record(
         for kinds, sample in zip(modality, batch.samples, strict=True)
     ]
     width = inputs["input_ids"].shape[1]
-    chosen = torch.from_numpy(np.stack([np.pad(mask, (0, width - len(mask))) for mask in keep])).to(vlm.device)
+    padded = np.stack([np.pad(mask, (0, width - len(mask))) for mask in keep])
+    chosen = torch.from_numpy(np.flatnonzero(padded)).to(vlm.device)
     stored = torch.float32 if config.dtype == "int8" else getattr(torch, config.dtype)
 
-    def rows_of(layers: list[torch.Tensor]) -> np.ndarray:
-        return to_numpy(torch.stack([layer[chosen].to(stored) for layer in layers], dim=1))
+    def rows_of(tensors: list[torch.Tensor]) -> np.ndarray:
+        rows = torch.empty(len(chosen), len(tensors), vlm.d_model, dtype=stored, device=vlm.device)
+        for i, tensor in enumerate(tensors):
+            rows[:, i] = tensor.flatten(0, 1).index_select(0, chosen)
+        return to_numpy(rows)
 
     columns = {
         "sample": [np.full(len(one), first_sample + i) for i, one in enumerate(ids)],
@@ -224,18 +229,16 @@ def describe(
     )
 
 
-def save_images(samples: list[Sample], folder: Path) -> None:
-    """Keep the images that exist nowhere else beside the rows; each file is whole or not there."""
-    for sample in samples:
-        if not sample.generated_image or sample.load is None or sample.image is None:
-            continue
-        path = folder / sample.image
-        if path.exists():
-            continue
+def keep_image(sample: Sample, image: Image.Image, folder: Path) -> None:
+    """Keep an image that exists nowhere else beside the rows; its file is whole or not there."""
+    if not sample.generated_image or sample.image is None:
+        return
+    path = folder / sample.image
+    if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         content = io.BytesIO()
-        sample.load().save(content, "png")
-        write_whole(path, lambda temporary, content=content: temporary.write_bytes(content.getvalue()), sync=False)
+        image.save(content, "png")
+        write_whole(path, lambda temporary: temporary.write_bytes(content.getvalue()), sync=False)
 
 
 def capture(config: CaptureConfig) -> None:
@@ -264,9 +267,9 @@ def record_all(vlm: VLM, dataset: Dataset, config: CaptureConfig) -> None:
             return
         first, done = (writer.resume["batch"], writer.resume["first_sample"]) if writer.resume else (0, 0)
         with Progress(len(share), done, writer.rows) as progress:
-            for batch in batches(windows(share, config.batch_size), config.batch_size, encoder(vlm, template), first):
+            encode = encoder(vlm, template, folder)
+            for batch in batches(windows(share, config.batch_size), config.batch_size, encode, first):
                 rows, records = record(vlm, batch, config, layers, done)
-                save_images(batch.samples, folder)
                 writer.append(rows, records, batch.number)
                 done += len(records)
                 progress.advance(len(records), len(rows.columns["sample"]))
@@ -274,12 +277,17 @@ def record_all(vlm: VLM, dataset: Dataset, config: CaptureConfig) -> None:
     print(f"{folder}: {writer.rows:,} rows of {len(share):,} samples, {len(layers)} layers, {_size(folder)}")
 
 
-def encoder(vlm: VLM, template: Template) -> Callable[[Sample], Encoded]:
-    """How this model reads a sample; what it cannot read is an error that names the sample."""
+def encoder(vlm: VLM, template: Template, folder: Path | None = None) -> Callable[[Sample], Encoded]:
+    """How this model reads a sample; generated images are kept below `folder`. UserError names what it cannot read."""
 
     def encode(sample: Sample) -> Encoded:
         image = None if sample.load is None else sample.load()
-        return vlm.encode(template.render(sample.prompt, image=image is not None), image)
+        if image is not None and folder is not None:
+            keep_image(sample, image, folder)
+        try:
+            return vlm.encode(template.render(sample.prompt, image=image is not None), image)
+        except UserError as error:
+            raise UserError(f"sample {sample.id}: {error}") from error
 
     return encode
 

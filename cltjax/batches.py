@@ -35,10 +35,13 @@ class Order:
     """In which order rows are visited, epoch after epoch. Epochs follow one another without a gap."""
 
     def __init__(self, rows: np.ndarray, page_rows: int, buffer_rows: int, seed: int) -> None:
-        """rows: [N] ascending row numbers. A buffer is as many whole pages as `buffer_rows` holds, at least one."""
+        """rows: [N] ascending row numbers. A buffer is whole pages, at least one, of at most `buffer_rows` together."""
         self.rows = rows
         self.page_rows = page_rows
-        self.buffer_rows = max(1, buffer_rows // page_rows) * page_rows
+        pages, most = -(-len(rows) // page_rows), max(1, buffer_rows // page_rows)
+        self.per_epoch = -(-pages // most)
+        # As equal as whole pages allow: reading a large buffer while a small one is used up would keep the step waiting.
+        self.buffer_rows = -(-pages // self.per_epoch) * page_rows
         self.per_epoch = -(-len(rows) // self.buffer_rows)
         self.seed = seed
 

@@ -47,10 +47,14 @@ class CLT(nnx.Module):
 
     def encode(self, x: ArrayLike) -> tuple[jax.Array, jax.Array]:
         """Active features of raw inputs x [B, S, D] of any float type -> values, indices [S, B, K]."""
+        return topk(self.pre_activations(x), self.k)
+
+    def pre_activations(self, x: ArrayLike) -> jax.Array:
+        """Raw inputs x [B, S, D] -> [S, B, F]."""
         normal = (jnp.asarray(x, jnp.float32) - self.in_mean[...]) / self.in_std[...][:, None]
         # Pre-activations decide which features exist: full fp32, not the TF32 that GPUs use by default.
         pre = jnp.einsum("bsd,sfd->sbf", normal, self.W_enc[...], precision=jax.lax.Precision.HIGHEST)
-        return topk(pre + self.b_enc[...][:, None], self.k)
+        return pre + self.b_enc[...][:, None]
 
     def decode(self, values: jax.Array, indices: jax.Array) -> jax.Array:
         """Predicted targets in normalised units: values, indices [S, B, K] -> [B, T, D]."""

@@ -84,7 +84,13 @@ def test_the_buffers_are_bounded_in_bytes(store: ActivationStore):
     wiring = wire("0", store.n_layers, 1, 16)
     batches = Batches(store, wiring, 37, DataConfig(page_rows=256, buffer_mib=3), seed=2)
     row_bytes = 4 * D * 2  # one source and three targets in bfloat16
-    assert 2 * batches.order.buffer_rows * row_bytes <= 3 << 20 < 2 * (batches.order.buffer_rows + 256) * row_bytes
+    pages = -(-len(store.rows_of("train")) // 256)
+    assert batches.order.per_epoch == 1 and batches.order.buffer_rows == 256 * pages  # all of it fits
+    order = Order(np.arange(100_001), 256, (3 << 20) // 2 // row_bytes, 0)
+    assert 2 * order.buffer_rows * row_bytes <= 3 << 20
+    sizes = [len(order.buffer(number)[0]) for number in range(order.per_epoch)]
+    assert sum(sizes) == 100_001 and order.per_epoch == -(-100_001 // (28086 // 256 * 256))
+    assert max(sizes) - min(sizes) <= 256 * order.per_epoch  # even
     batches.close()
 
 
