@@ -40,7 +40,7 @@ class Order:
         self.page_rows = page_rows
         pages, most = -(-len(rows) // page_rows), max(1, buffer_rows // page_rows)
         self.per_epoch = -(-pages // most)
-        # As equal as whole pages allow: reading a large buffer while a small one is used up would keep the step waiting.
+        # As equal as whole pages allow: while a small one is used up, a large one would not be read in time.
         self.buffer_rows = -(-pages // self.per_epoch) * page_rows
         self.per_epoch = -(-len(rows) // self.buffer_rows)
         self.seed = seed

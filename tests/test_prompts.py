@@ -7,6 +7,7 @@ from PIL import Image
 from capture.prompts import load_dataset, resolve_template
 from cltjax.errors import UserError
 from cltjax.splits import split_of
+from examples.shapes.benchmark_files import write as write_benchmarks
 
 
 @pytest.fixture
@@ -161,3 +162,18 @@ def test_templates_that_cannot_be():
         resolve_template("{image} Describe.", Processor())
     with pytest.raises(UserError, match="has no {image} and no {prompt}"):
         resolve_template("lava", Processor())
+
+
+def test_ambers_and_popes_own_layouts(tmp_path: Path):
+    write_benchmarks(tmp_path, images=7)
+    queries = sorted(tmp_path.glob("**/query_*.json"))
+    pope = sorted(tmp_path.glob("**/*.json*"))
+    pope = [path for path in pope if "question_id" in path.read_text()[:99]]
+    assert len(queries) == 6
+    assert len(pope) == 3
+    for path in queries + pope:
+        data = load_dataset(str(path))
+        assert data.skipped == []
+        assert data.samples
+        assert all(sample.load is not None and sample.load().size == (48, 48) for sample in data.samples)
+    assert {sample.answer for sample in load_dataset(str(pope[0])).samples} == {"yes", "no"}
