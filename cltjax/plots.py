@@ -15,9 +15,10 @@ COLOURS = {"all": "#444444", "text": "#3b6fb6", "image": "#d9822b", "special": "
 
 
 def log_scale(axes: Axes) -> None:
-    """A logarithmic vertical axis with plain numbers: 0.1, 0.2, 0.5, 1."""
+    """A logarithmic vertical axis with plain numbers: 1, 2, 5 within few decades, else one a decade."""
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 300 else (1.0,)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
@@ -41,9 +42,12 @@ def plot_loss(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def plot_fvu(summary: dict[str, Any], path: Path) -> None:
-    """Test FVU by target and group as bars, beside the mean-only baseline and, where it was fitted, ridge."""
+    """Test FVU by target and group as bars, beside the mean-only baseline and, where it was fitted, ridge.
+
+    Special tokens are left to the table: hardly varying, they would stretch the axis over decades that say nothing.
+    """
     targets, ridge = summary["targets"], summary.get("ridge")
-    groups = list(summary["fvu"])
+    groups = [group for group in summary["fvu"] if group != "special"]
     width = 0.8 / len(groups)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(max(5.0, 1.2 + 0.9 * len(targets)), 3.6))
@@ -59,8 +63,8 @@ def plot_fvu(summary: dict[str, Any], path: Path) -> None:
                 label = "ridge, same input" if g == 0 else None
                 axes.scatter(places, linear, s=26, marker="_", linewidths=2, color="black", label=label, zorder=3)
         axes.axhline(1.0, color="black", linestyle="--", linewidth=1, label="mean only")
-        log_scale(axes)
         axes.set_ylim(min(lows) / 2, max(*lows, 1.0) * 1.3)
+        log_scale(axes)
         axes.set_xticks(range(len(targets)), list(targets))
         axes.set(xlabel="target layer", ylabel="fraction of variance unexplained", title="Held-out (test) tokens")
         axes.grid(alpha=0.3, axis="y", which="both")
