@@ -59,7 +59,9 @@ def main() -> None:
     torch.manual_seed(0)
     config = shaped_config(options.width, options.layers, options.width // 64, 11 * options.width // 4, 256, 4)
     LlavaForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(options.out)  # pyright: ignore[reportArgumentType]
-    build_processor(IMAGE_SIZE, PATCH).save_pretrained(options.out)
+    processor = build_processor(IMAGE_SIZE, PATCH)
+    processor.tokenizer.model_max_length = config.text_config.max_position_embeddings  # pyright: ignore
+    processor.save_pretrained(options.out)
 
 
 if __name__ == "__main__":
