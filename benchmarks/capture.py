@@ -1,7 +1,7 @@
 """What capturing costs: its wall time over that of the same forward passes, in pairs, in one process.
 
-    python benchmarks/capture.py                       # the demo VLM
-    python benchmarks/capture.py --shape llava-7b      # LLaVA-1.5-7B's shape with random weights, on a GPU
+    OMP_WAIT_POLICY=PASSIVE python -m benchmarks.capture       # the demo VLM, as capture/run.py runs it
+    python -m benchmarks.capture --shape llava-7b              # LLaVA-1.5-7B's shape with random weights, on a GPU
 
 Both sides read, prepare and batch the same samples and run the same layers. One stops there; the other hooks
 every layer and writes the store. Prints each pair's ratio and their median, and the store's bytes a token.

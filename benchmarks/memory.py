@@ -1,6 +1,6 @@
 """Not only a toy: peak memory of capture -> train -> evaluate on a LLaVA of width 1024 with 576 image tokens.
 
-    python benchmarks/memory.py [--samples 400] [--steps 100]
+    python benchmarks/memory.py [--samples 120] [--steps 40]
 
 Random weights (benchmarks/shaped_vlm.py), 8 text layers, on the CPU. Each stage is a process of its own, as a user
 runs it; what is printed is its wall time and its peak resident memory, which the bar puts at 12 GB at most.
@@ -33,8 +33,8 @@ def stage(name: str, *args: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=400)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--samples", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--features", type=int, default=8192)
     parser.add_argument("--folder", type=Path, help="where the model and the store go; default: a temporary folder")
     options = parser.parse_args()

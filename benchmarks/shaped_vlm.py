@@ -1,6 +1,6 @@
 """LLaVAs of any size with random weights: what a speed or memory measurement needs of a model is its shape.
 
-    python benchmarks/shaped_vlm.py --width 1024 --layers 8 --out /tmp/llava-1024
+    python -m benchmarks.shaped_vlm --width 1024 --layers 8 --out /tmp/llava-1024
 
 The processor is the demo VLM's, at 336 pixels and patch 14: 576 image tokens an image, as in LLaVA-1.5.
 """
