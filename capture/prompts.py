@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from cltjax.errors import UserError
 from cltjax.splits import Split, split_of
@@ -104,7 +104,7 @@ def _read_rows(path: Path) -> list[Any]:
         if text.lstrip().startswith("["):
             rows = json.loads(text)
         else:
-            for line in text.splitlines():
+            for line in text.split("\n"):  # splitlines would also cut at U+2028, which JSON allows in a string
                 number += 1
                 if line.strip():
                     rows.append(json.loads(line))
@@ -212,7 +212,7 @@ def _check_row(
 
 def _load_image(path: Path) -> Image.Image:
     with Image.open(path) as image:
-        return image.convert("RGB")
+        return ImageOps.exif_transpose(image).convert("RGB")  # photographs may lie on their side
 
 
 # Templates ---------------------------------------------------------------------------------------------------

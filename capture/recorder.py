@@ -28,6 +28,7 @@ from cltjax.store_format import IMAGE, StoreSpec, part_folder
 from cltjax.store_writer import Rows, StoreWriter
 
 WINDOW = 16  # batches: how far a sample may move from its place so that lengths in a batch are alike
+DEMO_MODEL = Path(__file__).resolve().parents[1] / "examples/shapes/model"
 MOST_TOKENS = 1 << 15  # a sample's: only bounds the arrays' declared size before the true one is known
 
 
@@ -191,6 +192,8 @@ def check_options(config: CaptureConfig) -> None:
             raise UserError(f"--{name} {value}: must be at least 1")
     if not 0 < config.image_tokens <= 1:
         raise UserError(f"--image-tokens {config.image_tokens}: is a share, above 0 and at most 1")
+    if config.seed < 0:
+        raise UserError(f"--seed {config.seed}: must be 0 or above")
     if config.generate < 0:
         raise UserError(f"--generate {config.generate}: is a number of tokens")
 
@@ -261,6 +264,8 @@ def record_all(vlm: VLM, dataset: Dataset, config: CaptureConfig) -> None:
     folder = part_folder(config.out, index, count)
     spec = describe(config, vlm, layers, dataset, template)
 
+    if dataset.spec == "shapes" and Path(config.model).resolve() != DEMO_MODEL:
+        print("note: activations of this model on the bundled shapes are for trying things out, not for research")
     with StoreWriter(folder, spec, capacity=len(share) * MOST_TOKENS) as writer:
         if writer.complete:
             print(f"{folder} is complete: {writer.rows:,} rows of {len(share):,} samples; nothing to do")

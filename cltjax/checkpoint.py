@@ -36,7 +36,13 @@ class Checkpoints:
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         """State and meta of a checkpoint; `like` gives the state's shapes, dtypes and shardings."""
         composite = ocp.args.Composite(state=ocp.args.StandardRestore(like), meta=ocp.args.JsonRestore())
-        found = self.manager.restore(step, args=composite)
+        try:
+            found = self.manager.restore(step, args=composite)
+        except (ValueError, OSError, KeyError, TypeError) as error:  # what Orbax meets in files that are not whole
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            raise UserError(
+                f"{self.folder / str(step)} cannot be restored ({reason}): restore it from a copy, or train again"
+            ) from error
         return found["state"], found["meta"]
 
     def close(self) -> None:
@@ -60,7 +66,9 @@ def identity(store: ActivationStore) -> dict[str, Any]:
         "dtype": store.dtype,
         "template": spec["template"],
         "dataset": {name: spec["dataset"].get(name) for name in ("spec", "fingerprint")},
-        "rows": store.rows,
+        "options": spec["options"],  # which tokens were kept, what was generated, what it was computed in
+        "layers": list(store.layers),
+        "rows": [part.rows for part in store.parts],
         "samples": len(store.samples),
     }
 
@@ -69,6 +77,8 @@ def claim(run: Path, config: dict[str, Any], data: dict[str, Any], resumable: bo
     """Write config.json, or find that the run there is another one (UserError naming the first field that differs)."""
     resolved = {"config": config, "data": data}
     path = run / CONFIG
+    if path.exists():
+        read_config(run)  # else it is somebody else's config.json
     if resumable:
         old = read_config(run)
         for part in ("config", "data"):
@@ -87,7 +97,7 @@ def read_config(run: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}): restore it, or delete {run} and train again") from error
     if not isinstance(found, dict) or {"config", "data"} - found.keys():
-        raise UserError(f"{path} is not the configuration of a training run")
+        raise UserError(f"{path} is not the configuration of a training run: name another folder")
     return found
 
 

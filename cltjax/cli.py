@@ -12,7 +12,7 @@ from rich.table import Table
 
 from cltjax.command import run
 from cltjax.store import ActivationStore
-from cltjax.store_format import SPLITS, STATISTICS
+from cltjax.store_format import COLUMNS, SPLITS, STATISTICS
 from cltjax.wiring import spell_layers
 
 MODALITIES = ("text", "image", "special")
@@ -28,7 +28,7 @@ class Info:
 
 @dataclass(frozen=True)
 class Verify:
-    """Read every vector of a store and check it against its checksum."""
+    """Read a whole store and check it against its checksums."""
 
     store: tyro.conf.Positional[Path] = Path("activations")
     """The activation store."""
@@ -78,7 +78,13 @@ def verify(path: Path) -> None:
         for layer in store.layers:
             for which in ("site", "mlp_out"):
                 store.read(which, rows, (layer,))
-    print(f"{path}: all {store.rows:,} rows of {len(store.layers)} layers can be read")
+    for name in COLUMNS:
+        store.column(name)
+    for which in ("site", "mlp_out"):
+        store.norms(which)
+    samples = len(store.samples)
+    store.summary()
+    print(f"{path}: all {store.rows:,} rows of {samples:,} samples and {len(store.layers)} layers can be read")
 
 
 def execute(command: Command) -> None:

@@ -35,3 +35,8 @@ def run(
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}: name another path, or mend that one", file=sys.stderr)
+        sys.exit(2)

@@ -163,6 +163,17 @@ def differing(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     return None
 
 
+def _nearest(message: str) -> str:
+    """The field that a mistyped keyword argument was probably meant to be."""
+    _, found, rest = message.partition("unexpected keyword argument '")
+    if not found:
+        return ""
+    kinds = (TrainConfig, ModelConfig, DataConfig, LogConfig)
+    names = [f.name for kind in kinds for f in dataclasses.fields(kind)]
+    near = difflib.get_close_matches(rest.rstrip("'"), names, 1)
+    return f" (near: {near[0]})" if near else ""
+
+
 def read_config_file(args: Sequence[str]) -> TrainConfig | None:
     """The starting point that `--config FILE` among the arguments names, if any."""
     for position, arg in enumerate(args):
@@ -175,7 +186,10 @@ def read_config_file(args: Sequence[str]) -> TrainConfig | None:
             value = args[position + 1]
         if not Path(value).is_file():
             raise UserError(f"--config {value}: no such file (configs/ has some)")
-        found = runpy.run_path(value).get("config")
+        try:
+            found = runpy.run_path(value).get("config")
+        except (SyntaxError, TypeError, NameError, ImportError) as error:
+            raise UserError(f"--config {value}: {error}{_nearest(str(error))}") from error
         if not isinstance(found, TrainConfig):
             raise UserError(f"--config {value}: the file must define `config = TrainConfig(...)`")
         return found

@@ -23,14 +23,17 @@ def test_info_counts_rows_by_split_and_modality(store: Path, capsys: pytest.Capt
         assert f"{len(ActivationStore.open(store).rows_of(split)):,}" in printed
 
 
-def test_verify_reads_every_chunk(store: Path, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize(
+    "name", ["mlp_in/c/0/0/0", "mlp_out/c/0/0/0", "modality/c/0", "mlp_out_norm/c/0/0", "samples.jsonl"]
+)
+def test_verify_reads_every_file(store: Path, capsys: pytest.CaptureFixture[str], name: str):
     verify(store)
     assert "can be read" in capsys.readouterr().out
-    shard = store / "mlp_out" / "c" / "0" / "0" / "0"
-    content = bytearray(shard.read_bytes())
+    file = store / name
+    content = bytearray(file.read_bytes())
     content[len(content) // 3] ^= 1
-    shard.write_bytes(content)
-    with pytest.raises(UserError, match=r"mlp_out/c/0/0/0: rows .* damaged"):
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=name):
         verify(store)
 
 

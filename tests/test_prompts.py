@@ -50,6 +50,13 @@ def test_rows_of_every_kind_are_read(folder: Path, lines: bool):
     assert data.skipped == []
 
 
+def test_a_line_separator_inside_a_string_is_text(folder: Path):
+    path = folder / "query.jsonl"
+    rows = [{"image": "0.png", "query": "one\u2028two"}, {"image": "1.png", "query": "three"}]
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    assert [s.prompt for s in load_dataset(str(path)).samples] == ["one\u2028two", "three"]
+
+
 def test_the_fingerprint_covers_prompts_images_and_order(folder: Path):
     def fingerprint(rows: list) -> str:
         return load_dataset(str(write(folder, rows))).fingerprint

@@ -1,0 +1,62 @@
+"""What a user's mistake looks like from outside: one line, status 2."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cltjax.command import run
+from cltjax.config import read_config_file
+from cltjax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of a test."""
+
+    steps: int = 3
+    """How many."""
+
+
+def outcome(work, args: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as ended:
+        run(Options, work, args)
+    assert isinstance(ended.value.code, int)
+    return ended.value.code, capsys.readouterr().err
+
+
+def test_a_user_error_and_a_path_that_cannot_be_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "file").write_text("")
+
+    def wrong(options: Options) -> None:
+        raise UserError("do this instead")
+
+    def blocked(options: Options) -> None:
+        (tmp_path / "file").mkdir()
+
+    assert outcome(wrong, [], capsys) == (2, "error: do this instead\n")
+    code, line = outcome(blocked, [], capsys)
+    assert code == 2
+    assert line.count("\n") == 1
+    assert str(tmp_path / "file") in line
+
+
+def test_a_typo_is_answered_with_the_nearest_name(capsys: pytest.CaptureFixture[str]):
+    code, printed = outcome(lambda options: None, ["--setps", "4"], capsys)
+    assert code == 2
+    assert "--steps" in printed
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("from cltjax.config import TrainConfig\nconfig = TrainConfig(layer='0', stepz=3)", "near: steps"),
+        ("config = ", "invalid syntax"),
+        ("x = 1", "must define"),
+    ],
+)
+def test_a_config_file_that_is_wrong(tmp_path: Path, content: str, reason: str):
+    path = tmp_path / "x.py"
+    path.write_text(content)
+    with pytest.raises(UserError, match=reason):
+        read_config_file(["--config", str(path)])
