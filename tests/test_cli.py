@@ -24,7 +24,8 @@ def test_info_counts_rows_by_split_and_modality(store: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(
-    "name", ["mlp_in/c/0/0/0", "mlp_out/c/0/0/0", "modality/c/0", "mlp_out_norm/c/0/0", "samples.jsonl"]
+    "name",
+    ["mlp_in/c/0/0/0", "mlp_out/c/0/0/0", "modality/c/0", "mlp_out_norm/c/0/0", "samples.jsonl", "stats.safetensors"],
 )
 def test_verify_reads_every_file(store: Path, capsys: pytest.CaptureFixture[str], name: str):
     verify(store)
