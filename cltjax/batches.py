@@ -4,11 +4,13 @@
 Train rows are cut into pages of neighbouring rows, which one read gets cheaply; each epoch visits the pages in another
 order, several at a time (a buffer, bounded in bytes), with the rows of a buffer shuffled. Neighbouring tokens of one
 sample are alike, so the more pages a buffer holds, the better a batch is mixed.
+
+Where image tokens have a share of their own, they and all others are two such streams, each with its own epochs.
 """
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
@@ -18,10 +20,13 @@ import numpy as np
 from cltjax.config import DataConfig
 from cltjax.errors import UserError
 from cltjax.store import ActivationStore
-from cltjax.store_format import DTYPES
-from cltjax.wiring import Wiring
+from cltjax.store_format import DTYPES, IMAGE
+from cltjax.tokens import TokenRules
 
 Item = TypeVar("Item")
+
+# Rows of a page where none are asked for: the most, unless a buffer would hold too few such pages; then the fewest.
+MOST_PAGE_ROWS, FEWEST_PAGE_ROWS, ENOUGH_PAGES = 256, 16, 32
 
 
 class Batch(NamedTuple):
@@ -59,6 +64,11 @@ class Order:
         found = self.rows[(places[places < n] + shift) % n]
         return np.sort(found), np.random.default_rng([self.seed, epoch, place]).permutation(len(found))
 
+    def first(self, number: int) -> int:
+        """The position in the endless stream at which buffer `number` begins."""
+        epoch, place = divmod(number, self.per_epoch)
+        return epoch * len(self.rows) + place * self.buffer_rows
+
     def places(self, first: int, count: int) -> Iterator[tuple[int, slice]]:
         """Where `count` positions of the endless stream lie: (buffer number, slice of its visiting order)."""
         while count > 0:
@@ -71,33 +81,37 @@ class Order:
             count -= taken
 
 
-class Batches:
-    """Training batches of one store; call with a step. While one buffer is used, the next is read on a thread."""
+class Held(NamedTuple):
+    """A buffer in memory: the rows of it that are needed, and where those visited one after the other lie in it."""
 
-    def __init__(self, store: ActivationStore, wiring: Wiring, batch_size: int, data: DataConfig, seed: int) -> None:
-        rows = store.rows_of("train")
-        if len(rows) == 0:
-            raise UserError(f"{store.path} has no train rows: capture more samples")
-        self.store, self.wiring, self.batch_size = store, wiring, batch_size
-        # int8 is read as float32.
-        item = 4 if store.dtype == "int8" else DTYPES[store.dtype].itemsize
-        row_bytes = (len(wiring.sources) + len(wiring.targets)) * store.d_model * item
-        self.order = Order(rows, data.page_rows, (data.buffer_mib << 20) // 2 // row_bytes, seed)
+    place: np.ndarray  # by place in the visiting order; of rows that are not needed, anything
+    batch: Batch
+
+
+class Stream:
+    """The rows that batches take from one order. While one buffer is used, the next is read on a thread."""
+
+    def __init__(
+        self, store: ActivationStore, sources: Sequence[int], targets: Sequence[int], order: Order, needed: np.ndarray
+    ) -> None:
+        """needed: [n] bool: which of the n rows that each batch takes are returned, and therefore read."""
+        self.store, self.sources, self.targets = store, tuple(sources), tuple(targets)
+        self.order, self.needed = order, needed
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="buffer")
-        self.buffers: dict[int, Future[tuple[np.ndarray, Batch]]] = {}
+        self.buffers: dict[int, Future[Held]] = {}
+        self.whole: Batch | None = None
 
-    def __call__(self, step: int) -> Batch:
-        """The batch of one step. Cheap when steps ascend; any step may be asked for."""
-        pieces = []
-        for number, part in self.order.places(step * self.batch_size, self.batch_size):
-            visit, held = self._buffer(number)
-            chosen = visit[part]
-            pieces.append(Batch(held.x[chosen], held.y[chosen]))
-        if len(pieces) == 1:
-            return pieces[0]
-        return Batch(np.concatenate([piece.x for piece in pieces]), np.concatenate([piece.y for piece in pieces]))
+    def __call__(self, step: int) -> list[Batch]:
+        """The needed rows of one step, in pieces that follow one another."""
+        pieces, done, n = [], 0, len(self.needed)
+        for number, part in self.order.places(step * n, n):
+            held, size = self._buffer(number), part.stop - part.start
+            chosen = held.place[part][self.needed[done : done + size]]
+            pieces.append(Batch(held.batch.x[chosen], held.batch.y[chosen]))
+            done += size
+        return pieces
 
-    def _buffer(self, number: int) -> tuple[np.ndarray, Batch]:
+    def _buffer(self, number: int) -> Held:
         wanted = (number, number + 1)
         for old in [held for held in self.buffers if held not in wanted]:
             self.buffers.pop(old).cancel()
@@ -106,9 +120,18 @@ class Batches:
                 self.buffers[new] = self.reader.submit(self._read, new)
         return self.buffers[number].result()
 
-    def _read(self, number: int) -> tuple[np.ndarray, Batch]:
+    def _read(self, number: int) -> Held:
         rows, visit = self.order.buffer(number)
-        return visit, read_rows(self.store, self.wiring, rows)
+        if self.order.per_epoch == 1 and self.needed.all():
+            # Every buffer holds the same rows: all there are.
+            if self.whole is None:
+                self.whole = read_rows(self.store, self.sources, self.targets, rows)
+            return Held(visit, self.whole)
+        needed = self.needed[(self.order.first(number) + np.arange(len(rows))) % len(self.needed)]
+        kept = np.zeros(len(rows), bool)
+        kept[visit[needed]] = True
+        place = np.cumsum(kept) - 1
+        return Held(place[visit], read_rows(self.store, self.sources, self.targets, rows[kept]))
 
     def close(self) -> None:
         """Stop reading ahead."""
@@ -116,19 +139,140 @@ class Batches:
         self.buffers.clear()
 
 
-def read_rows(store: ActivationStore, wiring: Wiring, rows: np.ndarray) -> Batch:
+class Batches:
+    """Training batches of one store, of the rows that its token rules use; call with a step."""
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        sources: Sequence[int],
+        targets: Sequence[int],
+        rules: TokenRules,
+        batch_size: int,
+        data: DataConfig,
+        seed: int,
+        positions: np.ndarray | slice | None = None,
+    ) -> None:
+        """sources, targets: the layers of x and of y, in that order.
+
+        positions: [b] which of the `batch_size` rows of every batch are returned, in that order; by default all. No
+        others are read, and what lies at a position does not depend on it. UserError where rows are lacking.
+        """
+        # int8 is read as float32.
+        item = 4 if store.dtype == "int8" else DTYPES[store.dtype].itemsize
+        row_bytes = (len(sources) + len(targets)) * store.d_model * item
+        # One buffer in use and one that is read; the streams share in them as they share in a batch.
+        most_rows = (data.buffer_mib << 20) // 2 // row_bytes
+        everywhere = np.arange(batch_size)
+        self.positions = everywhere if positions is None else everywhere[positions]
+        self.streams: list[Stream] = []
+        returned = []
+        for number, (rows, slots) in enumerate(shares(store, rules, batch_size)):
+            buffer_rows = most_rows * len(slots) // batch_size
+            page_rows = data.page_rows or page_size(buffer_rows)
+            order = Order(rows, page_rows, buffer_rows, seed if number == 0 else other_seed(seed, number))
+            needed = np.isin(slots, self.positions)
+            if needed.any():
+                self.streams.append(Stream(store, sources, targets, order, needed))
+                returned.append(slots[needed])
+        # Row i of a batch is row gather[i] of the streams' rows, one stream after the other.
+        found = np.concatenate(returned)
+        ascending = np.argsort(found)
+        self.gather = ascending[np.searchsorted(found[ascending], self.positions)]
+        self.in_order = np.array_equal(self.gather, np.arange(len(found)))
+
+    def __call__(self, step: int) -> Batch:
+        """The batch of one step. Cheap when steps ascend; any step may be asked for."""
+        pieces = [piece for stream in self.streams for piece in stream(step)]
+        if len(pieces) > 1:
+            x, y = np.concatenate([piece.x for piece in pieces]), np.concatenate([piece.y for piece in pieces])
+        else:
+            x, y = pieces[0]
+        return Batch(x, y) if self.in_order else Batch(x[self.gather], y[self.gather])
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        for stream in self.streams:
+            stream.close()
+
+
+def shares(store: ActivationStore, rules: TokenRules, batch_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Train rows that are drawn apart, and the places in a batch that are theirs: (rows [N], slots [n]), ascending."""
+    rows, share = rules.some_rows("train"), rules.tokens.image_share
+    if share is None or share in (0, 1):  # at 0 and 1 the rules use no others
+        return [(rows, np.arange(batch_size))]
+    image = store.column("modality")[rows] == IMAGE
+    if image.all() or not image.any():
+        lacking = "image" if not image.any() else "other than image"
+        raise UserError(
+            f"--tokens.image-share {share} takes both image and other tokens, but the train rows of {store.path} that "
+            f"the --tokens options leave have none {lacking}: {rules.describe('train')}"
+        )
+    n = round(share * batch_size)
+    if n in (0, batch_size):
+        raise UserError(
+            f"--tokens.image-share {share} of --batch-size {batch_size} is {n} tokens: choose 0 or 1 for that"
+        )
+    images = spread(batch_size, n)
+    return [(rows[~image], np.flatnonzero(~images)), (rows[image], np.flatnonzero(images))]
+
+
+def spread(size: int, n: int) -> np.ndarray:
+    """[size] bool with n True, evenly in any stretch and at any stride, so that each piece of a batch has its share.
+
+    The n places at which multiples of the golden ratio have the smallest fractions: a Kronecker sequence.
+    """
+    fraction = np.arange(size) * ((np.sqrt(5) - 1) / 2) % 1
+    chosen = np.zeros(size, bool)
+    chosen[np.argsort(fraction, kind="stable")[:n]] = True
+    return chosen
+
+
+def page_size(buffer_rows: int) -> int:
+    """Rows of a page for buffers of so many rows: as many as leave ENOUGH_PAGES in a buffer, within bounds."""
+    rows = MOST_PAGE_ROWS
+    while rows > FEWEST_PAGE_ROWS and buffer_rows < ENOUGH_PAGES * rows:
+        rows //= 2
+    return rows
+
+
+def other_seed(seed: int, number: int) -> int:
+    """The seed of stream `number`, unrelated to that of the others."""
+    return int(np.random.SeedSequence(seed, spawn_key=(number,)).generate_state(1, np.uint64)[0])
+
+
+def read_rows(store: ActivationStore, sources: Sequence[int], targets: Sequence[int], rows: np.ndarray) -> Batch:
     """The given rows at the layers a CLT needs, and no others."""
-    return Batch(store.read("site", rows, wiring.sources), store.read("mlp_out", rows, wiring.targets))
+    return Batch(store.read("site", rows, sources), store.read("mlp_out", rows, targets))
 
 
 def split_batches(
-    store: ActivationStore, wiring: Wiring, split: str, size: int = 2048
+    store: ActivationStore,
+    sources: Sequence[int],
+    targets: Sequence[int],
+    group: np.ndarray,
+    split: str,
+    size: int = 2048,
+    max_rows: int | None = None,
 ) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Every row of one split in order, `size` at a time, with each row's modality [B]."""
-    rows, modality = store.rows_of(split), store.column("modality")
+    """Rows of one split in order, `size` at a time, with each row's group [B]: used rows and left-out ones.
+
+    group: [N] of all rows of the store (`TokenRules.group`). max_rows: at most so many, from all over the split.
+    """
+    rows = store.rows_of(split)
+    if max_rows is not None and len(rows) > max_rows:
+        rows = sample_rows(rows, max_rows, store.block_rows)
     for start in range(0, len(rows), size):
         chosen = rows[start : start + size]
-        yield read_rows(store, wiring, chosen), modality[chosen]
+        yield read_rows(store, sources, targets, chosen), group[chosen]
+
+
+def sample_rows(rows: np.ndarray, most: int, page_rows: int) -> np.ndarray:
+    """At most `most` of `rows` [N], ascending: whole pages, which cost little to read, at equal distances."""
+    pages, wanted = -(-len(rows) // page_rows), -(-most // page_rows)
+    starts = np.arange(wanted) * pages // wanted * page_rows
+    places = (starts[:, None] + np.arange(page_rows)).ravel()
+    return rows[places[places < len(rows)][:most]]
 
 
 @contextmanager

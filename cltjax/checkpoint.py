@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 
 from cltjax.config import differing
@@ -17,21 +16,29 @@ CONFIG, METRICS, TIMING, SUMMARY = "config.json", "metrics.jsonl", "timing.jsonl
 
 
 class Checkpoints:
-    """The checkpoints of one run: the last one is kept. Saving goes on in the background."""
+    """The checkpoints of one run: the last one is kept, and the one with the best validation FVU. Saving goes on in
+    the background."""
 
     def __init__(self, run: Path) -> None:
         self.folder = (run / "checkpoints").absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
+        policies = ocp.checkpoint_managers
+        best = policies.BestN(get_metric_fn=worth, n=1, keep_checkpoints_without_metrics=False)
+        keep = policies.AnyPreservationPolicy([policies.LatestN(1), best])
+        options = ocp.CheckpointManagerOptions(best_fn=worth, best_mode="max", preservation_policy=keep, create=True)
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 
-    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+    def save(self, step: int, state: Any, meta: dict[str, Any], val_fvu: float | None) -> None:
         """Begin to save `state` (a pytree of arrays) and `meta` (JSON) as they are after `step` steps."""
         composite = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-        self.manager.save(step, args=composite)
+        self.manager.save(step, args=composite, metrics=None if val_fvu is None else {"val_fvu": val_fvu})
 
     def last(self) -> int | None:
         """Steps done at the last whole checkpoint."""
         return self.manager.latest_step()
+
+    def best(self) -> int | None:
+        """Steps done at the checkpoint with the best validation FVU; the last one where none was measured."""
+        return self.manager.best_step() or self.last()
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         """State and meta of a checkpoint; `like` gives the state's shapes, dtypes and shardings."""
@@ -51,10 +58,9 @@ class Checkpoints:
         self.manager.close()
 
 
-def on_device(abstract: Any) -> Any:
-    """A restore target on the first device, from what `jax.eval_shape` gives."""
-    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract)
+def worth(metrics: dict[str, float]) -> float:
+    """What the best checkpoint has most of."""
+    return -metrics["val_fvu"]
 
 
 def identity(store: ActivationStore) -> dict[str, Any]:
@@ -75,7 +81,7 @@ def identity(store: ActivationStore) -> dict[str, Any]:
 
 def claim(run: Path, config: dict[str, Any], data: dict[str, Any], resumable: bool) -> None:
     """Write config.json, or find that the run there is another one (UserError naming the first field that differs)."""
-    resolved = {"config": config, "data": data}
+    resolved = json.loads(json.dumps({"config": config, "data": data}))  # as it will be read back
     path = run / CONFIG
     if path.exists():
         read_config(run)  # else it is somebody else's config.json

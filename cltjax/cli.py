@@ -1,8 +1,12 @@
-"""The console script `cltjax`: what is in a store, and whether all of it can be read."""
+"""The console script `cltjax`: what is in a store, whether all of it can be read, and what a training run needs."""
 
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
@@ -11,6 +15,18 @@ from rich.progress import track
 from rich.table import Table
 
 from cltjax.command import run
+from cltjax.config import TrainConfig, read_config_file
+from cltjax.errors import UserError
+from cltjax.estimate import (
+    ModelShape,
+    Rates,
+    as_json,
+    assumed_rates,
+    estimate,
+    shape_of_recipe,
+    shape_of_store,
+    show_cost,
+)
 from cltjax.store import ActivationStore
 from cltjax.store_format import COLUMNS, SPLITS, STATISTICS
 from cltjax.wiring import spell_layers
@@ -34,7 +50,45 @@ class Verify:
     """The activation store."""
 
 
-Command = Annotated[Info, tyro.conf.subcommand("info")] | Annotated[Verify, tyro.conf.subcommand("verify")]
+@dataclass(frozen=True)
+class Plot:
+    """Draw the plots of training runs anew from what they have measured so far: RUN/plots/*.png."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run directories of train.py."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Say what a training run needs before it starts: parameters, memory, arithmetic, bytes, time. Takes train.py's
+    options; the model is that of --model-layers and --d-model, of --store, or of the config file's `model_shape`."""
+
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    model_layers: int | None = None
+    """Layers of the model's language tower, with --d-model."""
+    d_model: int | None = None
+    """Width of its residual stream."""
+    store_dtype: Literal["bfloat16", "float16", "float32", "int8"] | None = None
+    """How activations are stored; by default as in --store, else bfloat16."""
+    flops: float | None = None
+    """FLOP/s of a device in matrix products; by default 4e14 for --dtype bfloat16 and 6.7e13 for float32, which we
+    assume of an H100."""
+    bandwidth: float = Rates.bandwidth
+    """Bytes/s between a device and its memory; the default is assumed of an H100."""
+    link: float = Rates.link
+    """Bytes/s that a device sends to others; the default is NVLink's of an H100."""
+    tokens_per_s: float | None = None
+    """Rate to say the store's for; by default the fastest that the estimate allows."""
+    json: bool = False
+    """Print JSON."""
+
+
+Command = (
+    Annotated[Info, tyro.conf.subcommand("info")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
+    | Annotated[Plot, tyro.conf.subcommand("plot")]
+    | Annotated[Estimate, tyro.conf.subcommand("estimate")]
+)
 
 
 def show(path: Path) -> None:
@@ -87,16 +141,76 @@ def verify(path: Path) -> None:
     print(f"{path}: all {store.rows:,} rows of {samples:,} samples and {len(store.layers)} layers can be read")
 
 
-def execute(command: Command) -> None:
-    """Look into activation stores."""
-    if isinstance(command, Info):
-        show(command.store)
+def draw_all(runs: Sequence[Path]) -> None:
+    """Draw the plots of runs, and say where they are."""
+    from cltjax.plots import draw
+
+    if not runs:
+        raise UserError("name a run directory: cltjax plot runs/L0")
+    for folder in runs:
+        found = draw(folder) if folder.is_dir() else []
+        if not found:
+            raise UserError(f"{folder} holds no figures of a training run: run train.py first")
+        print("\n".join(map(str, found)))
+
+
+def say_cost(options: Estimate) -> None:
+    """Print what a training run needs."""
+    if options.tokens_per_s is not None and not options.tokens_per_s > 0:
+        raise UserError(f"--tokens-per-s {options.tokens_per_s} must be above 0")
+    flops = assumed_rates(options.train.dtype).flops if options.flops is None else options.flops
+    cost = estimate(options.train, shape_of(options), Rates(flops, options.bandwidth, options.link))
+    if options.json:
+        print(json.dumps(as_json(cost, options.tokens_per_s), indent=2))
     else:
-        verify(command.store)
+        show_cost(cost, options.tokens_per_s)
+        if options.train.given:
+            print("the frozen runs of --given are not counted")
+
+
+def shape_of(options: Estimate) -> ModelShape:
+    """The model as the options give it, else as the store does."""
+    if options.model_layers is not None and options.d_model is not None:
+        return ModelShape(options.model_layers, options.d_model, options.store_dtype or "bfloat16")
+    if options.model_layers is not None or options.d_model is not None:
+        raise UserError("--model-layers and --d-model go together")
+    try:
+        shape = shape_of_store(options.train.store)
+    except UserError as error:
+        raise UserError(f"{error}; or name --model-layers and --d-model") from error
+    return shape if options.store_dtype is None else dataclasses.replace(shape, dtype=options.store_dtype)
+
+
+def starting_point(args: Sequence[str]) -> Estimate | None:
+    """What `cltjax estimate --config FILE` starts from: the file's model, unless a store is named beside it."""
+    if args[:1] != ["estimate"]:
+        return None
+    config = read_config_file(args)
+    if config is None:
+        return None
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--config", "--store"):
+        parser.add_argument(name, nargs="?", const="")
+    named, _ = parser.parse_known_args(args)
+    shape = shape_of_recipe(Path(named.config)) if named.store is None else None
+    return Estimate(config) if shape is None else Estimate(config, shape.n_layers, shape.d_model, shape.dtype)  # type: ignore[arg-type]
+
+
+def execute(command: Command) -> None:
+    """Look into activation stores, and say what a training run needs."""
+    match command:
+        case Info():
+            show(command.store)
+        case Verify():
+            verify(command.store)
+        case Plot():
+            draw_all(command.runs)
+        case Estimate():
+            say_cost(command)
 
 
 def main() -> None:
-    run(Command, execute)  # pyright: ignore[reportArgumentType]
+    run(Command, execute, default=starting_point)  # pyright: ignore[reportArgumentType]
 
 
 if __name__ == "__main__":

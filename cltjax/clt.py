@@ -2,8 +2,9 @@
 
     a_l = act(x_l W_enc_l + b_enc_l)            y_hat_t = b_dec_t + sum over sources l of a_l W_dec_{l->t}
 
-Encoders are stacked over sources, decoder heads over the (source, target) pairs that exist. Inputs and targets are
-normalised inside: minus the per-dimension train mean, divided by one scalar standard deviation per layer.
+Encoders are stacked over sources; a source's decoder heads lie side by side, one for each target that exists. Inputs
+and targets are normalised inside: minus the per-dimension train mean, divided by one scalar standard deviation per
+layer. Every method works alike on a whole CLT and, inside `jax.shard_map`, on one device's share of its features.
 """
 
 import math
@@ -13,10 +14,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
+from cltjax.axes import ALONE, Axes, total
+from cltjax.config import ModelConfig, k_values, slots_of
 from cltjax.decode import decode
+from cltjax.encode import pick, pre_activations
 from cltjax.normalisation import Normalisation
-from cltjax.sparsity import topk
+from cltjax.sparsity import RANKED_BY_NORM, candidates
 from cltjax.wiring import Wiring
+
+TINY = 1e-30  # under a square root, so that the gradient of a zero norm is 0 and not NaN
 
 
 class Constant(nnx.Variable):
@@ -24,46 +30,116 @@ class Constant(nnx.Variable):
 
 
 class CLT(nnx.Module):
-    """W_enc [S, F, D], b_enc [S, F], W_dec [P, F, D], b_dec [T, D], float32; S sources, P pairs, T targets.
+    """W_enc [S, F, D], b_enc [S, F], W_dec {source: [F, T_l, D]}, b_dec [T, D], float32; for jumprelu also
+    log_threshold [S, F]. S sources, T targets, T_l targets of source l.
 
-    The encoder starts uniform in +-1/sqrt(F), every decoder and bias at zero (method.md: decoders that start at
-    zero train as well as small random ones, and `b_dec` = 0 is the mean of a normalised target).
+    The encoder starts uniform in +-1/sqrt(F), decoders in +-1/sqrt(T_l D), biases at zero (`b_dec` = 0 is the mean of
+    a normalised target).
     """
 
-    def __init__(self, wiring: Wiring, features: int, k: int, normalisation: Normalisation, key: jax.Array):
+    def __init__(
+        self,
+        wiring: Wiring,
+        model: ModelConfig,
+        normalisation: Normalisation,
+        key: jax.Array,
+        threshold: float = 0.03,
+        dtype: str = "float32",
+    ):
         self.wiring = wiring
-        self.k = k
-        d_model = normalisation.in_mean.shape[1]
-        bound = 1 / math.sqrt(features)
-        W_enc = jax.random.uniform(key, (len(wiring.sources), features, d_model), jnp.float32, -bound, bound)
-        self.W_enc = nnx.Param(W_enc)
-        self.b_enc = nnx.Param(jnp.zeros((len(wiring.sources), features)))
-        self.W_dec = nnx.Param(jnp.zeros((len(wiring.pairs), features, d_model)))
-        self.b_dec = nnx.Param(jnp.zeros((len(wiring.targets), d_model)))
+        self.activation = model.activation
+        self.k = source_ks(model, wiring)
+        self.slots = slots_of(model)
+        self.dtype = dtype
+        S, F, T, D = len(wiring.sources), model.features, len(wiring.targets), normalisation.in_mean.shape[1]
+        keys = jax.random.split(key, S + 1)
+
+        def uniform(key: jax.Array, shape: tuple[int, ...], fan: int) -> jax.Array:
+            bound = 1 / math.sqrt(fan)
+            return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+        self.W_enc = nnx.Param(uniform(keys[S], (S, F, D), F))
+        self.b_enc = nnx.Param(jnp.zeros((S, F)))
+        heads = {}
+        for s, source in enumerate(wiring.sources):
+            T_l = len(wiring.targets_of(source))
+            heads[str(source)] = nnx.Param(uniform(keys[s], (F, T_l, D), T_l * D))
+        self.W_dec = nnx.Dict(heads)
+        self.b_dec = nnx.Param(jnp.zeros((T, D)))
+        if self.activation == "jumprelu":
+            self.log_threshold = nnx.Param(jnp.full((S, F), math.log(threshold), jnp.float32))
         self.in_mean = Constant(jnp.asarray(normalisation.in_mean, jnp.float32))
         self.in_std = Constant(jnp.asarray(normalisation.in_std, jnp.float32))
         self.out_mean = Constant(jnp.asarray(normalisation.out_mean, jnp.float32))
         self.out_std = Constant(jnp.asarray(normalisation.out_std, jnp.float32))
+        # What h |W_dec| must reach once training is over, for the rules that look at whole batches while it lasts.
+        self.cut = Constant(jnp.zeros(S))
 
-    def encode(self, x: ArrayLike) -> tuple[jax.Array, jax.Array]:
-        """Active features of raw inputs x [B, S, D] of any float type -> values, indices [S, B, K]."""
-        return topk(self.pre_activations(x), self.k)
-
-    def pre_activations(self, x: ArrayLike) -> jax.Array:
-        """Raw inputs x [B, S, D] -> [S, B, F]."""
-        normal = (jnp.asarray(x, jnp.float32) - self.in_mean[...]) / self.in_std[...][:, None]
-        # Pre-activations decide which features exist: full fp32, not the TF32 that GPUs use by default.
-        pre = jnp.einsum("bsd,sfd->sbf", normal, self.W_enc[...], precision=jax.lax.Precision.HIGHEST)
-        return pre + self.b_enc[...][:, None]
-
-    def decode(self, values: jax.Array, indices: jax.Array) -> jax.Array:
-        """Predicted targets in normalised units: values, indices [S, B, K] -> [B, T, D]."""
-        return decode(self.W_dec[...], self.b_dec[...], values, indices, self.wiring)
+    def normalise_inputs(self, x: ArrayLike) -> jax.Array:
+        """Raw inputs x [B, S, D] of any float type -> normalised float32."""
+        return (jnp.asarray(x, jnp.float32) - self.in_mean[...]) / self.in_std[...][:, None]
 
     def normalise_targets(self, y: ArrayLike) -> jax.Array:
         """Raw targets [B, T, D] of any float type -> normalised float32."""
         return (jnp.asarray(y, jnp.float32) - self.out_mean[...]) / self.out_std[...][:, None]
 
-    def __call__(self, x: ArrayLike) -> jax.Array:
+    def pre_activations(self, normal: jax.Array) -> jax.Array:
+        """Normalised inputs [B, S, D] -> [S, B, F]."""
+        return pre_activations(self.W_enc[...], self.b_enc[...], normal, self.dtype)
+
+    def pick(self, normal: jax.Array, pre: jax.Array, indices: jax.Array) -> jax.Array:
+        """Pre-activations at `indices` [S, B, K], with the sparse gradient."""
+        return pick(self.W_enc[...], self.b_enc[...], normal, jax.lax.stop_gradient(pre), indices)
+
+    def decoder_norms(self) -> jax.Array:
+        """|W_dec| of each feature over all its targets [S, F]."""
+        heads = [self.W_dec[str(source)][...] for source in self.wiring.sources]
+        return jnp.stack([jnp.sqrt(jnp.sum(jnp.square(W), (1, 2)) + TINY) for W in heads])
+
+    def thresholds(self) -> jax.Array:
+        """What a jumprelu feature's pre-activation must exceed [S, F]."""
+        return jnp.exp(self.log_threshold[...])
+
+    def rank(self, pre: jax.Array) -> jax.Array:
+        """What decides which features are active [S, B, F]; has no gradient."""
+        pre = jax.lax.stop_gradient(pre)
+        if self.activation in RANKED_BY_NORM:
+            return pre * jax.lax.stop_gradient(self.decoder_norms())[:, None]
+        if self.activation == "jumprelu":
+            return pre - jax.lax.stop_gradient(self.thresholds())[:, None]
+        return pre
+
+    def encode(self, x: ArrayLike, axes: Axes = ALONE) -> tuple[jax.Array, jax.Array]:
+        """Active features of raw inputs x [B, S, D], once training is over -> values, indices [S, B, K].
+
+        Values are 0 for slots that no feature takes.
+        """
+        pre = self.pre_activations(self.normalise_inputs(x))
+        found = candidates(self.rank(pre), self.slots, axes.model)
+        values = jnp.take_along_axis(pre, found.indices, -1, mode="fill", fill_value=0)
+        if self.activation == "topk":
+            kept = jnp.arange(self.slots) < jnp.array(self.k)[:, None, None]
+        elif self.activation in RANKED_BY_NORM:
+            kept = found.rank >= self.cut[...][:, None, None]
+        else:
+            kept = found.rank > 0
+        return jnp.where(kept, jnp.maximum(values, 0), 0), found.indices
+
+    def contributions(self, values: jax.Array, indices: jax.Array) -> jax.Array:
+        """What active features [S, B, K] write to the targets, in normalised units and without b_dec: [B, T, D]."""
+        return decode({layer: W[...] for layer, W in self.W_dec.items()}, values, indices, self.wiring, self.dtype)
+
+    def decode(self, values: jax.Array, indices: jax.Array, axes: Axes = ALONE) -> jax.Array:
+        """Predicted targets in normalised units: values, indices [S, B, K] -> [B, T, D]."""
+        return total(self.contributions(values, indices), axes.model) + self.b_dec[...]
+
+    def __call__(self, x: ArrayLike, axes: Axes = ALONE) -> jax.Array:
         """Raw inputs [B, S, D] -> raw predicted MLP outputs [B, T, D]."""
-        return self.decode(*self.encode(x)) * self.out_std[...][:, None] + self.out_mean[...]
+        normal = self.decode(*self.encode(x, axes), axes)
+        return normal * self.out_std[...][:, None] + self.out_mean[...]
+
+
+def source_ks(model: ModelConfig, wiring: Wiring) -> tuple[int, ...]:
+    """k of each source."""
+    ks = k_values(model.k, model.features)
+    return ks * len(wiring.sources) if len(ks) == 1 else ks

@@ -5,35 +5,90 @@ A config file (`--config configs/x.py`) is Python that defines `config = TrainCo
 
 import dataclasses
 import difflib
+import math
 import runpy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cltjax.errors import UserError
 from cltjax.store_format import brief, differences
 
-# Fields in which two runs may differ and still be the same run: where things lie, and how it is looked at.
-NOT_THE_RUN = ("store", "out", "config", "log")
+# Fields in which two runs may differ and still be the same: where things lie, what computes, how it is looked at.
+NOT_THE_RUN = ("store", "out", "config", "log", "mesh", "processes")
+
+Activation = Literal["topk", "topk_joint", "batchtopk", "jumprelu", "relu"]
+K_RULES = ("topk", "topk_joint", "batchtopk")  # the rules that `k` sets; the others are steered by a penalty
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of the cross-layer transcoder."""
+    """The cross-layer transcoder: its size, and which of its features are active on a token."""
 
     features: int = 1024
     """Features per source layer (F)."""
-    k: int = 16
-    """Active features per token and source layer: the k largest pre-activations, through a ReLU."""
+    k: float | tuple[float, ...] = 16
+    """Active features per token and source layer; below 1 a share of the features. Several numbers: one a source."""
+    activation: Activation = "topk"
+    """Sparsity rule. topk: k per token and source; topk_joint: the sum of the sources' k per token, over all sources,
+    ranked by activation x decoder norm; batchtopk: k per source on average over a batch, ranked likewise; jumprelu:
+    thresholds learned under a tanh penalty; relu: an L1 penalty."""
+    slots: int | None = None
+    """Most features that can be active on a token in one source, for rules other than topk, where the number varies;
+    the largest win. Memory and time grow with it. By default 4 k, and all features where these are fewer."""
+
+
+@dataclass(frozen=True)
+class SparsityConfig:
+    """How features are kept few and alive while training."""
+
+    penalty: float = 1e-3
+    """Weight of the sparsity penalty of jumprelu and relu: sum of tanh(scale a |W_dec|), or of a |W_dec|."""
+    scale: float = 4.0
+    """Scale inside jumprelu's tanh."""
+    ramp: float = 1.0
+    """Share of the steps over which the penalty rises to its weight, linearly."""
+    threshold: float = 0.03
+    """jumprelu's initial threshold."""
+    bandwidth: float = 1.0
+    """Width of the window around a threshold in which the straight-through estimator lets its gradient pass."""
+    k_start: float = 1.0
+    """topk rules begin with so many times k active features ..."""
+    anneal: float = 0.2
+    """... and come down to k over this share of the steps, linearly."""
+    dead_after: int | None = None
+    """Tokens of silence after which a feature is dead (while training); by default 1000 F / k."""
+    auxk: float = 0.0
+    """Weight of AuxK: the `auxk_features` strongest dead features of a token reconstruct what is left (try 1/32)."""
+    auxk_features: int = 32
+    """Dead features per token and source that AuxK uses."""
+    revive: float = 0.0
+    """Weight of the pre-activation penalty: dead features are pushed towards firing (jumprelu, relu: try 3e-6)."""
+
+
+@dataclass(frozen=True)
+class TokensConfig:
+    """Which tokens are trained on, and in which shares. What is left out is counted and reported apart."""
+
+    special: bool = False
+    """Train on special tokens too (BOS, image delimiters, ...)."""
+    outliers: bool = False
+    """Train on outlier tokens too: those whose norm, at any layer that is read or written, is large."""
+    outlier_factor: float = 20.0
+    """An outlier's norm is at least this many times its layer's mean norm."""
+    image_share: float | None = None
+    """Share of image tokens in every batch; by default as they come."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """How training rows are drawn: pages of neighbouring rows in random order, shuffled within a buffer of pages."""
 
-    page_rows: int = 256
-    """Consecutive train rows that are read together."""
+    page_rows: int | None = None
+    """Consecutive train rows that are read together. By default 256, and where a buffer would hold fewer than 32 such
+    pages half as many, down to 16: better mixed, but below the store's blocks (up to 128 rows) most of what is read
+    is thrown away. A larger buffer is better than a small page."""
     buffer_mib: int = 512
     """Memory for the rows read ahead, in MiB: the buffer in use and the next one. The larger, the better mixed."""
 
@@ -45,7 +100,23 @@ class LogConfig:
     every: int = 50
     """Steps between progress lines and records in metrics.jsonl."""
     checkpoint_every: int = 500
-    """Steps between checkpoints."""
+    """Steps between checkpoints: the last one is kept, and the best."""
+    val_rows: int = 8192
+    """Validation rows measured at each checkpoint, to know the best; 0 for none."""
+
+
+@dataclass(frozen=True)
+class ProcessesConfig:
+    """Several processes, each with its own devices, as one run. Start the same command once per process."""
+
+    auto: bool = False
+    """Let jax find the others: under SLURM, Open MPI, Kubernetes or on a TPU pod."""
+    coordinator: str | None = None
+    """host:port of process 0, where nothing starts the processes for us; with count and id."""
+    count: int | None = None
+    """Number of processes."""
+    id: int | None = None
+    """Number of this process, from 0."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +135,18 @@ class TrainConfig:
     """Nearest target of source l is layer l+offset: 1 for future layers only, 0 to include its own."""
     n_targets: int = 16
     """Target layers of each source, cut to the model's depth."""
+    given: tuple[Path, ...] = ()
+    """Earlier runs on the same store that stay as they are: this run is trained on what they leave."""
+    start_from: Path | None = None
+    """Earlier run of the same shape whose weights this run starts from (fine-tuning)."""
     steps: int = 2500
     """Optimiser steps."""
     batch_size: int = 512
     """Tokens a step."""
-    lr: float = 4e-3
-    """Peak learning rate of Adam."""
+    microbatches: int = 1
+    """Pieces that a step's tokens are computed in, one after the other, for less memory."""
+    lr: float | None = None
+    """Peak learning rate of Adam; by default 2e-4 / sqrt(features / 16384)."""
     warmup: int = 100
     """Steps in which the learning rate rises to its peak."""
     decay: float = 0.2
@@ -78,22 +155,44 @@ class TrainConfig:
     """AdamW's decoupled weight decay."""
     clip: float = 1.0
     """Largest global norm of a gradient."""
+    target_weights: tuple[float, ...] = ()
+    """Weight of each target layer in the loss, in ascending order; by default 1 each."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What products are computed in. Weights, moments, sums and pre-activations are float32 always."""
     seed: int = 0
     """Seed of the initial weights and of the order of the rows."""
+    mesh: str = "1x1"
+    """Devices as DATAxMODEL: tokens are split over the first number, features over the second."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
+    tokens: TokensConfig = field(default_factory=TokensConfig)
     data: DataConfig = field(default_factory=DataConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    processes: ProcessesConfig = field(default_factory=ProcessesConfig)
 
     def check(self) -> None:
         """Raise UserError where values cannot go together."""
-        if not 1 <= self.model.k <= self.model.features:
-            raise UserError(f"--model.k {self.model.k} is not between 1 and --model.features {self.model.features}")
+        ks = k_values(self.model.k, self.model.features)
+        for k in ks:
+            if not 1 <= k <= self.model.features:
+                raise UserError(f"--model.k {k} is not between 1 and --model.features {self.model.features}")
+        slots = self.model.slots
+        if slots is not None and not max(ks) <= slots <= self.model.features:
+            raise UserError(
+                f"--model.slots {slots} is not between k ({max(ks)}) and --model.features {self.model.features}"
+            )
         positive = {
             "steps": self.steps,
             "batch-size": self.batch_size,
-            "lr": self.lr,
+            "microbatches": self.microbatches,
+            "lr": self.learning_rate,
             "clip": self.clip,
-            "data.page-rows": self.data.page_rows,
+            "sparsity.scale": self.sparsity.scale,
+            "sparsity.threshold": self.sparsity.threshold,
+            "sparsity.bandwidth": self.sparsity.bandwidth,
+            "sparsity.auxk-features": self.sparsity.auxk_features,
+            "tokens.outlier-factor": self.tokens.outlier_factor,
+            "data.page-rows": 1 if self.data.page_rows is None else self.data.page_rows,
             "data.buffer-mib": self.data.buffer_mib,
             "log.every": self.log.every,
             "log.checkpoint-every": self.log.checkpoint_every,
@@ -101,11 +200,54 @@ class TrainConfig:
         for name, value in positive.items():
             if not value > 0:
                 raise UserError(f"--{name} {value} must be above 0")
-        for name, value in {"warmup": self.warmup, "weight-decay": self.weight_decay, "seed": self.seed}.items():
+        at_least_0 = {
+            "warmup": self.warmup,
+            "weight-decay": self.weight_decay,
+            "seed": self.seed,
+            "sparsity.penalty": self.sparsity.penalty,
+            "sparsity.auxk": self.sparsity.auxk,
+            "sparsity.revive": self.sparsity.revive,
+            "log.val-rows": self.log.val_rows,
+        }
+        for name, value in at_least_0.items():
             if not value >= 0:
                 raise UserError(f"--{name} {value} must be 0 or above")
-        if not 0 <= self.decay <= 1:
-            raise UserError(f"--decay {self.decay} is a share of the steps: between 0 and 1")
+        shares = {"decay": self.decay, "sparsity.ramp": self.sparsity.ramp, "sparsity.anneal": self.sparsity.anneal}
+        for name, value in shares.items():
+            if not 0 <= value <= 1:
+                raise UserError(f"--{name} {value} is a share of the steps: between 0 and 1")
+        if self.tokens.image_share is not None and not 0 <= self.tokens.image_share <= 1:
+            raise UserError(f"--tokens.image-share {self.tokens.image_share} is not between 0 and 1")
+        if not self.sparsity.k_start >= 1:
+            raise UserError(f"--sparsity.k-start {self.sparsity.k_start} must be 1 or above")
+        if self.batch_size % self.microbatches:
+            raise UserError(f"--batch-size {self.batch_size} does not divide into --microbatches {self.microbatches}")
+
+    @property
+    def learning_rate(self) -> float:
+        """`lr`, or what follows from the number of features (EleutherAI's rule; method.md)."""
+        return 2e-4 / math.sqrt(self.model.features / 2**14) if self.lr is None else self.lr
+
+
+def k_values(k: float | tuple[float, ...], features: int) -> tuple[int, ...]:
+    """`ModelConfig.k` as whole numbers of features."""
+    return tuple(round(one * features) if one < 1 else round(one) for one in (k if isinstance(k, tuple) else (k,)))
+
+
+def slots_of(model: ModelConfig, k_start: float = 1.0) -> int:
+    """Most features that are active on a token in one source (`k_start` times as many while k comes down)."""
+    most = max(k_values(model.k, model.features))
+    if model.activation == "topk":
+        return min(model.features, round(most * k_start))
+    return min(model.features, max(4 * most, round(most * k_start))) if model.slots is None else model.slots
+
+
+def parse_mesh(text: str) -> tuple[int, int]:
+    """`2x4` as (data, model)."""
+    data, x, model = text.partition("x")
+    if not (x and data.isdecimal() and model.isdecimal() and int(data) and int(model)):
+        raise UserError(f"--mesh {text} is not of the form DATAxMODEL, for example 2x4")
+    return int(data), int(model)
 
 
 @dataclass(frozen=True)
@@ -120,12 +262,18 @@ class EvaluateConfig:
     """Also fit ridge regression from the same input on the store's train rows, as a baseline."""
 
 
+# The groups of options inside TrainConfig.
+NESTED = {f.name: f.default_factory for f in dataclasses.fields(TrainConfig) if isinstance(f.default_factory, type)}
+
+
 def as_json(config: TrainConfig) -> dict[str, Any]:
     """The configuration as plain JSON values."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, tuple):
+            return [plain(item) for item in value]
         return str(value) if isinstance(value, Path) else value
 
     return plain(dataclasses.asdict(config))
@@ -139,11 +287,12 @@ def from_json(values: dict[str, Any]) -> TrainConfig:
         for name in found.keys() - fields.keys():
             near = difflib.get_close_matches(name, fields, 1)
             raise UserError(f"config.json has an unknown field '{name}'" + (f" (near: {near[0]})" if near else ""))
-        nested = {"model": ModelConfig, "data": DataConfig, "log": LogConfig}
-        made = {name: build(nested[name], value) if name in nested else value for name, value in found.items()}
-        for name in ("store", "out", "config"):
-            if made.get(name) is not None:
-                made[name] = Path(made[name])
+        made = {name: build(NESTED[name], value) if name in NESTED else value for name, value in found.items()}
+        for name in made.keys() & {"store", "out", "config", "start_from"}:
+            made[name] = None if made[name] is None else Path(made[name])
+        made = {name: tuple(value) if isinstance(value, list) else value for name, value in made.items()}
+        if "given" in made:
+            made["given"] = tuple(map(Path, made["given"]))
         return kind(**made)
 
     try:
@@ -168,7 +317,7 @@ def _nearest(message: str) -> str:
     _, found, rest = message.partition("unexpected keyword argument '")
     if not found:
         return ""
-    kinds = (TrainConfig, ModelConfig, DataConfig, LogConfig)
+    kinds = (TrainConfig, *NESTED.values())
     names = [f.name for kind in kinds for f in dataclasses.fields(kind)]
     near = difflib.get_close_matches(rest.rstrip("'"), names, 1)
     return f" (near: {near[0]})" if near else ""

@@ -1,5 +1,6 @@
 """Measure a run on a store's test rows, print the table, and write it into the run directory."""
 
+import dataclasses
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,39 +11,47 @@ from rich.console import Console
 from rich.table import Table
 
 from cltjax.batches import Batch, read_ahead, split_batches
-from cltjax.checkpoint import METRICS, SUMMARY, read_lines
+from cltjax.checkpoint import SUMMARY
 from cltjax.clt import CLT
 from cltjax.config import EvaluateConfig, TrainConfig
 from cltjax.errors import UserError
 from cltjax.files import write_json
-from cltjax.metrics import EVERY, GROUPS, measure, summary
+from cltjax.metrics import EVERY, mean_fvu, measure, summary
 from cltjax.normalisation import Normalisation
-from cltjax.plots import plot_fvu, plot_loss
+from cltjax.plots import draw
 from cltjax.ridge import fit_ridge, measure_ridge, sum_moments
+from cltjax.runs import freeze, load
 from cltjax.store import ActivationStore
 from cltjax.store_format import differences
-from cltjax.training import load, train
+from cltjax.tokens import NormLimits, TokenRules, token_rules
+from cltjax.training import train
 
 QUIET = 5.0  # seconds between two lines of progress
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Test FVU by target and modality, L0, dead features; the figures are also written into the run directory."""
-    clt, trained, data = load(config.clt)
+    trained = load(config.clt)
+    clt, tokens = trained.clt, trained.config.tokens
     store = ActivationStore.open(config.store)
-    check_match(config.clt, data, store)
-    store.axis_of([*clt.wiring.sources, *clt.wiring.targets])
-    rows = len(store.rows_of("test"))
-    if rows == 0:
-        raise UserError(f"{store.path} has no test rows to measure on: capture more samples")
+    check_match(config.clt, trained.data, store)
+    sources, targets = trained.sources, clt.wiring.targets
+    store.axis_of([*sources, *targets])
+    limits = NormLimits(**{which: tuple(found) for which, found in trained.data["outliers"].items()})
+    rules = token_rules(store, sources, targets, tokens, limits)
+    rules.some_rows("test")
     figures: dict[str, Any] = {"split": "test", "store": str(store.path)}
-    with read_ahead(split_batches(store, clt.wiring, "test")) as batches:
-        figures |= summary(measure(clt, progress(batches, rows, "measuring")), clt)
+    frozen, arrays = freeze(clt.wiring, trained.family)
+    with read_ahead(split_batches(store, sources, targets, rules.group, "test")) as batches:
+        rows = len(store.rows_of("test"))
+        said = progress(batches, rows, "measuring")
+        measured = measure(clt, said, rules.used_groups, frozen, arrays)
+    figures |= summary(measured, clt.wiring.sources, targets, rules.used_groups)
     if config.ridge:
-        figures["ridge"] = ridge_figures(clt, store)
-    write_figures(config.clt, figures, {"features": trained.model.features, "k": trained.model.k})
-    show(figures, clt, Console())
-    print("plots: " + "  ".join(str(path) for path in draw(config.clt, figures)))
+        figures["ridge"] = ridge_figures(clt, store, rules)
+    write_figures(config.clt, figures, dataclasses.asdict(trained.config.model))
+    show(figures, trained.config.model.features, Console())
+    print("plots: " + "  ".join(str(path) for path in draw(config.clt)))
     return figures
 
 
@@ -59,24 +68,19 @@ def scales_of(clt: CLT) -> Normalisation:
     return Normalisation(*(np.asarray(constant[...]) for constant in constants))
 
 
-def ridge_figures(clt: CLT, store: ActivationStore) -> dict[str, Any]:
+def ridge_figures(clt: CLT, store: ActivationStore, rules: TokenRules) -> dict[str, Any]:
     """Ridge regression from the CLT's inputs: fitted on train, penalty chosen on val, measured on test."""
     wiring, scales = clt.wiring, scales_of(clt)
     sums = {}
     for split in ("train", "val"):
-        with read_ahead(split_batches(store, wiring, split)) as batches:
-            sums[split] = sum_moments(progress(batches, len(store.rows_of(split)), f"ridge, {split}"), scales)
+        with read_ahead(split_batches(store, wiring.sources, wiring.targets, rules.group, split)) as batches:
+            said = progress(batches, len(store.rows_of(split)), f"ridge, {split}")
+            sums[split] = sum_moments(said, scales, rules.used_groups)
     ridge = fit_ridge(wiring, sums["train"], sums["val"])
-    with read_ahead(split_batches(store, wiring, "test")) as batches:
-        targets = measure_ridge(ridge, batches, scales).figures(wiring.targets)
+    with read_ahead(split_batches(store, wiring.sources, wiring.targets, rules.group, "test")) as batches:
+        targets = measure_ridge(ridge, batches, scales).figures(wiring.targets, rules.used_groups)
     penalties = dict(zip(map(str, wiring.targets), ridge.penalty, strict=True))
     return {"fvu": mean_fvu(targets), "targets": targets, "penalty": penalties}
-
-
-def mean_fvu(targets: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Mean over targets, by group."""
-    groups = next(iter(targets.values())).keys()
-    return {group: float(np.mean([by[group]["fvu"] for by in targets.values()])) for group in groups}
 
 
 def progress(batches: Iterable[tuple[Batch, np.ndarray]], rows: int, doing: str) -> Iterator[tuple[Batch, np.ndarray]]:
@@ -102,43 +106,37 @@ def write_figures(run: Path, figures: dict[str, Any], settings: dict[str, Any]) 
         write_json(run / f"metrics_L{layer}.json", head | by)
 
 
-def draw(run: Path, figures: dict[str, Any]) -> list[Path]:
-    """The plots of a run; returns their paths."""
-    folder = run / "plots"
-    folder.mkdir(exist_ok=True)
-    fvu, loss = folder / "fvu.png", folder / "loss.png"
-    plot_fvu(figures, fvu)
-    records = read_lines(run / METRICS)
-    if not records:
-        return [fvu]
-    plot_loss(records, loss)
-    return [loss, fvu]
+def show(figures: dict[str, Any], features: int, console: Console) -> None:
+    """The table: FVU by target and group beside ridge and the mean-only baseline; L0 and dead features by source.
 
-
-def show(figures: dict[str, Any], clt: CLT, console: Console) -> None:
-    """The table: FVU by target and group beside ridge and the mean-only baseline; L0 and dead features by source."""
-    groups = [name for name in (*GROUPS, EVERY) if name in figures["fvu"]]
-    title = f"FVU on {figures['rows']:,} test rows (slope: calibration, 1 is right)"
-    table = Table("target", "predictor", *groups, "slope", title=title, title_justify="left")
-    for column in table.columns[2:]:
-        column.justify = "right"
+    Groups that the run was not trained on come last, and are in no other figure.
+    """
+    used = [name for name in figures["rows_by_group"] if name in figures["fvu"]]
+    left = [name for name in figures["left_out"] if name in figures["fvu"]]
+    title = f"FVU on {figures['rows']:,} test rows (slope: calibration of all, 1 is right)"
+    table = Table("target", "predictor", title=title, title_justify="left")
+    for name in (*used, EVERY, "slope", *(f"{name}\n(left out)" for name in left)):
+        table.add_column(name, justify="right")
 
     def add(target: str, name: str, fvu: dict[str, float], slope: float | None) -> None:
-        table.add_row(target, name, *(f"{fvu[g]:.4f}" for g in groups), "" if slope is None else f"{slope:.3f}")
+        cells = [[f"{fvu[group]:.4f}" for group in groups] for groups in ((*used, EVERY), left)]
+        table.add_row(target, name, *cells[0], "" if slope is None else f"{slope:.3f}", *cells[1])
 
     predictors = {"CLT": figures} | ({"ridge": figures["ridge"]} if "ridge" in figures else {})
     for layer in figures["targets"]:
         for name, found in predictors.items():
             by = found["targets"][layer]
-            add(layer if name == "CLT" else "", name, {g: by[g]["fvu"] for g in groups}, by[EVERY]["slope"])
+            fvu = {group: by[group]["fvu"] for group in by}
+            add(layer if name == "CLT" else "", name, fvu, by[EVERY]["slope"])
     table.add_section()
     for name, found in predictors.items():
         add("mean" if name == "CLT" else "", name, found["fvu"], None)
-    add("any", "mean only", dict.fromkeys(groups, 1.0), None)
+    add("any", "mean only", dict.fromkeys(figures["fvu"], 1.0), None)
     console.print(table)
-    features = clt.b_enc[...].shape[1]
+    print("rows: " + ", ".join(f"{n:,} {name}" for name, n in figures["rows_by_group"].items() if n), end="")
+    print("; left out: " + (", ".join(f"{n:,} {name}" for name, n in figures["left_out"].items()) or "none"))
     for layer, by in figures["sources"].items():
-        shares = ", ".join(f"{name} {value:.1f}" for name, value in by["l0_by_modality"].items())
+        shares = ", ".join(f"{name} {value:.1f}" for name, value in by["l0_by_group"].items() if name in used)
         dead = f"{by['dead']:.1%} of {features} features never fire on test rows"
         print(f"source {layer}: L0 {by['l0']:.2f} ({shares}); {dead}")
 

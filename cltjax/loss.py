@@ -1,7 +1,53 @@
-"""The training loss."""
+"""The training loss: reconstruction, and what keeps features few and alive.
+
+    sum over targets t of weight_t |y_t - y_hat_t|^2 / variance_t, mean over tokens       (method.md)
+    + penalty    jumprelu: sum of tanh(scale a |W_dec|)   relu: sum of a |W_dec|          (Anthropic 2025; L1)
+    + revive     how far dead features are below being active                            (Anthropic 2025)
+    + auxk       what is left, reconstructed with the strongest dead features            (Gao et al. 2024)
+
+Inside `jax.shard_map` a value is this shard's tokens' part of a sum over tokens, alike on every shard of `model`.
+"""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from cltjax.axes import Axes, total
+from cltjax.clt import CLT
+from cltjax.config import K_RULES, SparsityConfig
+from cltjax.sparsity import RANKED_BY_NORM, candidates, jumprelu, training_cut
+
+
+class Active(NamedTuple):
+    """values, indices [S, B, C] of the active features; pre, rank [S, B, F]; cut: the rank that takes (broadcasts)."""
+
+    values: jax.Array
+    indices: jax.Array
+    pre: jax.Array
+    rank: jax.Array
+    cut: jax.Array
+
+
+def activate(clt: CLT, normal: jax.Array, k: jax.Array, slots: int, bandwidth: float, axes: Axes) -> Active:
+    """Active features of a training batch: normalised inputs [B, S, D], k [S] of this step."""
+    pre = clt.pre_activations(normal)
+    rank = clt.rank(pre)
+    if clt.activation in RANKED_BY_NORM:
+        rank = jax.lax.optimization_barrier(rank)  # computed once: `revival` compares it with the cut taken from it
+    found = candidates(rank, slots, axes.model)
+    kept, cut = training_cut(clt.activation, found.rank, k, axes)
+    picked = clt.pick(normal, pre, found.indices)
+    if clt.activation == "jumprelu":
+        # Inactive candidates stay, with a value of 0: their decoder's gradient is what teaches their threshold.
+        here = at(clt.thresholds(), found.indices)
+        return Active(jumprelu(picked, here, bandwidth), found.indices, pre, rank, cut)
+    return Active(jnp.where(kept, jnp.maximum(picked, 0), 0), found.indices, pre, rank, cut)
+
+
+def at(table: jax.Array, indices: jax.Array) -> jax.Array:
+    """table [S, F] at indices [S, B, C] -> [S, B, C]; 0 where the index is F."""
+    return jax.vmap(lambda row, index: row.at[index].get(mode="fill", fill_value=0))(table, indices)
 
 
 def squared_errors(y_hat: jax.Array, y: jax.Array) -> jax.Array:
@@ -13,6 +59,52 @@ def squared_errors(y_hat: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.mean(jnp.square(y - y_hat), axis=-1)
 
 
-def reconstruction_loss(errors: jax.Array) -> jax.Array:
-    """Sum over targets, mean over tokens, of errors [B, T]."""
-    return jnp.sum(jnp.mean(errors, axis=0))
+def penalty(clt: CLT, active: Active, scale: float, axes: Axes) -> jax.Array:
+    """The sparsity penalty of jumprelu or relu, summed over sources, tokens and features."""
+    weighted = active.values * at(clt.decoder_norms(), active.indices)
+    cost = jnp.tanh(scale * weighted) if clt.activation == "jumprelu" else weighted
+    return total(jnp.sum(cost), axes.model)
+
+
+def revival(clt: CLT, active: Active, dead: jax.Array, axes: Axes) -> jax.Array:
+    """How far dead features [S, F] are below being active, summed over sources, tokens and features.
+
+    The gradient goes through the pre-activations alone. In units of rank for the topk rules; for jumprelu and relu
+    times |W_dec|, as in Anthropic's pre-activation loss.
+    """
+    norms = jax.lax.stop_gradient(clt.decoder_norms())[:, None]
+    if clt.activation == "topk":
+        short = active.cut - active.pre
+    elif clt.activation in RANKED_BY_NORM:
+        short = active.cut - active.pre * norms
+    else:
+        threshold = jax.lax.stop_gradient(clt.thresholds())[:, None] if clt.activation == "jumprelu" else 0.0
+        short = (threshold - active.pre) * norms
+    if clt.activation in K_RULES:
+        # The feature at the cut is not short of it, but a multiplication fused with a subtraction leaves a rounding error
+        # there, which would have the gradient of a real shortfall.
+        short = jnp.where(active.rank < active.cut, short, 0)
+    return total(jnp.sum(jnp.where(dead[:, None], jax.nn.relu(short), 0)), axes.model)
+
+
+def auxiliary(
+    clt: CLT, normal: jax.Array, pre: jax.Array, left: jax.Array, dead: jax.Array, slots: int, axes: Axes
+) -> jax.Array:
+    """Squared errors [B, T] of reconstructing what is `left` [B, T, D] with the strongest dead features of a token."""
+    rank = jnp.where(dead[:, None], jax.lax.stop_gradient(pre), -jnp.inf)
+    found = candidates(rank, slots, axes.model)
+    picked = jnp.where(found.rank > 0, clt.pick(normal, pre, found.indices), 0)
+    return squared_errors(total(clt.contributions(picked, found.indices), axes.model), left)
+
+
+def penalty_weight(sparsity: SparsityConfig, steps: int, step: jax.Array) -> jax.Array:
+    """The penalty's weight at a step: a linear rise over the share `ramp` of the steps."""
+    rise = sparsity.ramp * steps
+    return sparsity.penalty * (jnp.minimum(1.0, (step + 1) / rise) if rise > 0 else jnp.ones(()))
+
+
+def k_at(ks: tuple[int, ...], features: int, sparsity: SparsityConfig, steps: int, step: jax.Array) -> jax.Array:
+    """[S] int32: k of each source at a step: `k_start` times k at first, k after the share `anneal` of the steps."""
+    fall = sparsity.anneal * steps
+    more = (sparsity.k_start - 1) * jnp.maximum(0.0, 1 - step / fall) if fall > 0 else jnp.zeros(())
+    return jnp.minimum(jnp.round(jnp.array(ks) * (1 + more)).astype(jnp.int32), features)

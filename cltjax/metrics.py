@@ -1,10 +1,11 @@
 """How well a CLT reconstructs: fraction of variance unexplained, calibration, active and dead features.
 
-Sums are taken batch by batch on the device in float32 and added up on the host in float64. Modality M is a group of
-rows: text, image, special, and `all` of them; T targets, S sources.
+Sums are taken batch by batch on the device in float32 and added up on the host in float64. M groups of rows (text,
+image, special, outlier; cltjax/tokens.py), T targets, S sources. `all` is the groups that the run is trained on
+together; the figures of the others are given apart, and are in none of the sums.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,11 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from cltjax.axes import ALONE
 from cltjax.batches import Batch
 from cltjax.clt import CLT
-from cltjax.store_format import IMAGE, SPECIAL, TEXT
+from cltjax.sparsity import candidates
+from cltjax.step import Frozen, predict
+from cltjax.tokens import GROUPS
 
-GROUPS = {"text": TEXT, "image": IMAGE, "special": SPECIAL}
 EVERY = "all"
 
 
@@ -42,19 +45,19 @@ class Fit:
         for name, value in sums.items():
             setattr(self, name, getattr(self, name) + np.asarray(value, np.float64))
 
-    def figures(self, targets: tuple[int, ...]) -> dict[str, dict[str, Any]]:
-        """By target layer and by group: rows, FVU and calibration slope. Groups without rows are left out.
+    def figures(self, targets: Sequence[int], used_groups: Sequence[int]) -> dict[str, dict[str, Any]]:
+        """By target layer and by group: rows, FVU and calibration slope. Groups without rows are not there.
 
         FVU = sum |y - y_hat|^2 / sum |y - mean y|^2 with the mean of the train split; never clamped.
         Calibration slope = <y, y_hat> / <y_hat, y_hat>, both about their means over the group's rows; 1 is right,
         1/S is what S sources give that each predict the whole target. None where the predictions do not vary.
         """
 
-        def group(m: Any, t: int) -> dict[str, Any]:
+        def group(members: list[int], t: int) -> dict[str, Any]:
             def over(values: Any) -> Any:
-                return values[:, t].sum(0) if m == EVERY else values[m, t]
+                return values[members, t].sum(0)
 
-            count = self.count.sum() if m == EVERY else self.count[m]
+            count = self.count[members].sum()
             y_sum, y_hat_sum = over(self.y_sum), over(self.y_hat_sum)
             covariance = over(self.product) - y_sum @ y_hat_sum / count
             variance = over(self.y_hat_power) - y_hat_sum @ y_hat_sum / count
@@ -66,8 +69,9 @@ class Fit:
                 "slope": float(covariance / variance) if varies else None,
             }
 
-        groups = {EVERY: EVERY, **{name: m for name, m in GROUPS.items() if self.count[m] > 0}}
-        return {str(layer): {name: group(m, t) for name, m in groups.items()} for t, layer in enumerate(targets)}
+        named = {EVERY: list(used_groups), **{name: [m] for name, m in GROUPS.items()}}
+        there = {name: members for name, members in named.items() if self.count[members].sum() > 0}
+        return {str(layer): {name: group(m, t) for name, m in there.items()} for t, layer in enumerate(targets)}
 
 
 def fit_sums(y: Any, y_hat: Any, membership: Any) -> dict[str, Any]:
@@ -83,20 +87,21 @@ def fit_sums(y: Any, y_hat: Any, membership: Any) -> dict[str, Any]:
     }
 
 
-def membership_of(modality: np.ndarray) -> np.ndarray:
-    """[M, B] float32: 1 where a row belongs to a group."""
-    return np.stack([modality == m for m in GROUPS.values()]).astype(np.float32)
+def membership_of(group: np.ndarray) -> np.ndarray:
+    """[M, B] float32: 1 where a row ([B], values of GROUPS) belongs to a group."""
+    return np.stack([group == m for m in GROUPS.values()]).astype(np.float32)
 
 
 @dataclass
 class Firing:
-    """How often each feature is active: counts [S, F], and active features per group [M, S]. Mutable."""
+    """How often features are active. Mutable: `add` adds rows."""
 
-    fired: Any = 0
-    active: Any = 0
-    count: Any = 0
+    fired: Any = 0  # [S, F] used rows on which a feature is active
+    active: Any = 0  # [M, S] active features, summed over a group's rows
+    count: Any = 0  # [M] rows
 
     def add(self, fired: Any, active: Any, count: Any) -> None:
+        """Add the sums of some rows."""
         self.fired = self.fired + np.asarray(fired, np.int64)
         self.active = self.active + np.asarray(active, np.float64)
         self.count = self.count + np.asarray(count, np.float64)
@@ -110,62 +115,119 @@ class Measured:
     firing: Firing = field(default_factory=Firing)
 
 
-@partial(jax.jit, static_argnums=0)
-def _measure(graph: nnx.GraphDef, state: nnx.State, x: jax.Array, y: jax.Array, membership: jax.Array):
+@partial(jax.jit, static_argnums=(0, 1))
+def _measure(
+    graph: nnx.GraphDef,
+    frozen: tuple[Frozen, ...],
+    state: nnx.State,
+    arrays: Sequence[nnx.State],
+    x: jax.Array,
+    y: jax.Array,
+    membership: jax.Array,
+    used: jax.Array,
+):
     clt: CLT = nnx.merge(graph, state)
-    values, indices = clt.encode(x)
+    values, indices = clt.encode(x[:, : len(clt.wiring.sources)])
     active = values > 0
-    S, F = clt.b_enc[...].shape
-    source = jnp.arange(S)[:, None, None]
-    # Padding rows belong to no group, and fire nothing.
-    counted = active & (membership.sum(0) > 0)[None, :, None]
-    fired = jnp.zeros((S, F), jnp.int32).at[source, indices].add(counted.astype(jnp.int32))
+    source = jnp.arange(len(active))[:, None, None]
+    # Padding rows belong to no group, and fire nothing; nor do rows that are left out.
+    counted = active & (used @ membership > 0)[None, :, None]
+    fired = jnp.zeros(clt.b_enc[...].shape, jnp.int32).at[source, indices].add(counted.astype(jnp.int32))
     with jax.default_matmul_precision("highest"):
         per_group = membership @ active.sum(-1).T.astype(jnp.float32)
-        return fit_sums(clt.normalise_targets(y), clt.decode(values, indices), membership), fired, per_group
+        y_hat = predict(clt, values, indices, x, frozen, arrays, ALONE)
+        return fit_sums(clt.normalise_targets(y), y_hat, membership), fired, per_group
 
 
-def measure(clt: CLT, batches: Iterable[tuple[Batch, np.ndarray]]) -> Measured:
-    """Run `clt` over batches of (rows, modality). A shorter last one is filled up with rows of no group."""
+def measure(
+    clt: CLT,
+    batches: Iterable[tuple[Batch, np.ndarray]],
+    used_groups: Sequence[int],
+    frozen: tuple[Frozen, ...] = (),
+    arrays: Sequence[nnx.State] = (),
+) -> Measured:
+    """Run `clt` over batches of (rows, group of each). A shorter last one is filled up with rows of no group.
+
+    frozen, arrays: runs whose predictions are added to its own. x has its sources first.
+    """
     graph, state = nnx.split(clt)
+    used = np.isin(list(GROUPS.values()), used_groups).astype(np.float32)
     found, size = Measured(), 0
-    for batch, modality in batches:
-        membership = membership_of(modality)
-        size = max(size, len(modality))
-        if short := size - len(modality):
+    for batch, group in batches:
+        membership = membership_of(group)
+        size = max(size, len(group))
+        if short := size - len(group):
             batch = Batch(*(np.pad(part, ((0, short), (0, 0), (0, 0)), mode="edge") for part in batch))
             membership = np.pad(membership, ((0, 0), (0, short)))
-        sums, fired, active = jax.device_get(_measure(graph, state, batch.x, batch.y, membership))
+        sums, fired, active = jax.device_get(_measure(graph, frozen, state, arrays, batch.x, batch.y, membership, used))
         found.fit.add(sums)
         found.firing.add(fired, active, sums["count"])
     return found
 
 
-def summary(measured: Measured, clt: CLT) -> dict[str, Any]:
-    """The figures as JSON: by target and group, by source, and their means over targets and sources."""
-    wiring, fit, firing = clt.wiring, measured.fit, measured.firing
-    targets = fit.figures(wiring.targets)
-    rows = int(firing.count.sum())
-    groups = [name for name in (EVERY, *GROUPS) if name in targets[str(wiring.targets[0])]]
-    sources = {}
-    for s, layer in enumerate(wiring.sources):
-        dead = firing.fired[s] == 0
-        sources[str(layer)] = {
-            "l0": float(firing.active[:, s].sum() / rows),
-            "l0_by_modality": {
-                name: float(firing.active[m, s] / firing.count[m]) for name, m in GROUPS.items() if firing.count[m]
-            },
-            "dead": float(dead.mean()),
+@partial(jax.jit, static_argnums=0)
+def _ranks(graph: nnx.GraphDef, state: nnx.State, x: jax.Array) -> jax.Array:
+    clt: CLT = nnx.merge(graph, state)
+    pre = clt.pre_activations(clt.normalise_inputs(x[:, : len(clt.wiring.sources)]))
+    return candidates(clt.rank(pre), clt.slots).rank
+
+
+def calibrate(clt: CLT, batches: Iterable[tuple[Batch, np.ndarray]], used_groups: Sequence[int]) -> np.ndarray:
+    """What h |W_dec| must reach [S] so that a token has as many active features as in training, on average.
+
+    For topk_joint one number for all sources, for batchtopk one each: the quantile of the candidates of these rows.
+    """
+    graph, state = nnx.split(clt)
+    found = []
+    for batch, group in batches:
+        rank = np.asarray(_ranks(graph, state, batch.x))
+        found.append(rank[:, np.isin(group, used_groups)])
+    ranks = np.concatenate(found, 1)  # [S, N, C]
+    S, N, _ = ranks.shape
+    pooled = [ranks.ravel()] * S if clt.activation == "topk_joint" else list(ranks.reshape(S, -1))
+    wanted = [sum(clt.k)] * S if clt.activation == "topk_joint" else clt.k
+    cut = [
+        np.partition(one, -k * N)[-k * N] if k * N <= one.size else 0.0 for one, k in zip(pooled, wanted, strict=True)
+    ]
+    return np.maximum(np.array(cut, np.float32), 0)
+
+
+def summary(
+    measured: Measured, sources: Sequence[int], targets: Sequence[int], used_groups: Sequence[int]
+) -> dict[str, Any]:
+    """The figures as JSON: by target and group, by source, and their means over targets and sources.
+
+    `rows`, `l0`, `dead` and `density` are over the rows of `used_groups`, of which there must be some; `left_out` has
+    the rows of the other groups, whose `fvu` and `l0_by_group` stand beside the rest.
+    """
+    firing, by_target = measured.firing, measured.fit.figures(targets, used_groups)
+    used = list(used_groups)
+    rows = int(firing.count[used].sum())
+    counts = {name: int(firing.count[m]) for name, m in GROUPS.items()}
+    by_source = {}
+    for s, layer in enumerate(sources):
+        by_source[str(layer)] = {
+            "l0": float(firing.active[used, s].sum() / rows),
+            "l0_by_group": {name: float(firing.active[GROUPS[name], s] / n) for name, n in counts.items() if n},
+            "dead": float((firing.fired[s] == 0).mean()),
             "density": density(firing.fired[s], rows),
         }
     return {
         "rows": rows,
-        "fvu": {name: float(np.mean([by[name]["fvu"] for by in targets.values()])) for name in groups},
-        "l0": float(np.mean([by["l0"] for by in sources.values()])),
-        "dead": float(np.mean([by["dead"] for by in sources.values()])),
-        "targets": targets,
-        "sources": sources,
+        "rows_by_group": {name: n for name, n in counts.items() if GROUPS[name] in used},
+        "left_out": {name: n for name, n in counts.items() if GROUPS[name] not in used},
+        "fvu": mean_fvu(by_target),
+        "l0": float(np.mean([by["l0"] for by in by_source.values()])),
+        "dead": float(np.mean([by["dead"] for by in by_source.values()])),
+        "targets": by_target,
+        "sources": by_source,
     }
+
+
+def mean_fvu(targets: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Mean over targets, by group."""
+    groups = next(iter(targets.values()))
+    return {group: float(np.mean([by[group]["fvu"] for by in targets.values()])) for group in groups}
 
 
 def density(fired: np.ndarray, rows: int) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """Ridge regression from the CLT's inputs to its targets: the linear baseline a transcoder has to beat.
 
-Closed form from normal equations that are summed over the train rows, a batch at a time; each target is predicted from
-all sources that write to it, together. The penalty is chosen per target on `val`. Inputs and targets are normalised
-with the CLT's statistics, so that the train means are the origin and no intercept is needed.
+Closed form from normal equations that are summed over the train rows that the CLT is trained on, a batch at a time;
+each target is predicted from all sources that write to it, together. The penalty is chosen per target on `val`. Inputs
+and targets are normalised with the CLT's statistics, so that those rows' means are the origin and no intercept is
+needed.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,12 +37,18 @@ def normalise(batch: Batch, scales: Normalisation) -> tuple[np.ndarray, np.ndarr
     return x, (batch.y.astype(np.float32) - scales.out_mean) / scales.out_std[:, None]
 
 
-def sum_moments(batches: Iterable[tuple[Batch, np.ndarray]], scales: Normalisation) -> Moments:
-    """Sum over batches; the products of one batch are float32, their sum float64."""
+def sum_moments(
+    batches: Iterable[tuple[Batch, np.ndarray]], scales: Normalisation, used_groups: Sequence[int]
+) -> Moments:
+    """Sum over the rows of `used_groups` in batches of (rows, group of each).
+
+    The products of one batch are float32, their sum float64.
+    """
     (S, D), T = scales.in_mean.shape, len(scales.out_mean)
     total = Moments(np.zeros((S * D, S * D)), np.zeros((T, S * D, D)), np.zeros(T))
-    for batch, _ in batches:
-        x, y = normalise(batch, scales)
+    for batch, group in batches:
+        used = np.isin(group, used_groups)
+        x, y = normalise(Batch(batch.x[used], batch.y[used]), scales)
         flat = x.reshape(len(x), -1)
         total.xx += flat.T @ flat
         for t in range(T):
@@ -73,14 +80,15 @@ class Ridge:
 
 def input_columns(wiring: Wiring, t: int, D: int) -> np.ndarray:
     """The input dimensions, of S x D, of the sources that write to target number t."""
-    sources = [wiring.source_index[p] for p in range(*wiring.target_slices[t].indices(len(wiring.pairs)))]
+    target = wiring.targets[t]
+    sources = [s for s, source in enumerate(wiring.sources) if (source, target) in wiring.pairs]
     return np.concatenate([np.arange(s * D, (s + 1) * D) for s in sources])
 
 
 def fit_ridge(wiring: Wiring, train: Moments, val: Moments) -> Ridge:
     """Solve for every target and every penalty by one eigendecomposition per set of sources; keep the best on `val`."""
     if val.rows == 0:
-        raise UserError("the store has no val rows to choose the ridge penalty on: capture more samples")
+        raise UserError("the store has no val rows to choose the ridge penalty on (of the groups that are trained on)")
     weights, penalties = [], []
     factors: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
     for t in range(len(wiring.targets)):
@@ -109,9 +117,9 @@ def fit_ridge(wiring: Wiring, train: Moments, val: Moments) -> Ridge:
 
 
 def measure_ridge(ridge: Ridge, batches: Iterable[tuple[Batch, np.ndarray]], scales: Normalisation) -> Fit:
-    """The same sums for ridge's predictions as for a CLT's."""
+    """The same sums for ridge's predictions as for a CLT's: over all groups."""
     fit = Fit()
-    for batch, modality in batches:
+    for batch, group in batches:
         x, y = normalise(batch, scales)
-        fit.add(fit_sums(y, ridge.predict(x), membership_of(modality)))
+        fit.add(fit_sums(y, ridge.predict(x), membership_of(group)))
     return fit

@@ -1,15 +1,137 @@
-"""Sparsity rules: pre-activations in, the K active features of each token out, as (values, indices)."""
+"""Sparsity rules: which features of a token are active, and with what value.
+
+A rule ranks a token's features, takes the `slots` that rank highest in each source as candidates, and makes activations
+of them. What flows on is (values, indices) [S, B, C]. Letters: S sources, B tokens, F features here, C slots.
+
+    topk         ranked by pre-activation h; the first k are active
+    topk_joint   ranked by h |W_dec|; the K first over all sources are active, K = sum of the sources' k
+    batchtopk    ranked by h |W_dec|; the k B first of a source over all tokens of the batch are active
+    jumprelu     ranked by h - theta; active where h > theta
+    relu         ranked by h; active where h > 0
+
+topk_joint and batchtopk look at other sources or tokens only while training. Later each source has one threshold on
+h |W_dec|, which is a threshold on h for each feature.
+"""
+
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+
+from cltjax.axes import Axes, shards, total, varying_like
+
+RANKED_BY_NORM = ("topk_joint", "batchtopk")
+LARGEST_FLOAT = 0x7F800000  # the bits of infinity; those of non-negative floats are ordered as the floats are
 
 
-def topk(pre: ArrayLike, k: int) -> tuple[jax.Array, jax.Array]:
-    """ReLU of the k largest pre-activations of each token; of equal ones the lowest index wins.
+class Candidates(NamedTuple):
+    """rank [S, B, C], descending, alike on every shard of `model`; indices [S, B, C] among this shard's features,
+    F where another shard has the feature."""
 
-    pre: [..., F] -> values [..., K] (largest first, never negative), indices [..., K] int32.
-    The result of `top_k` must not be sliced: on CPU that defeats XLA's fast path (a hundredfold slower).
+    rank: jax.Array
+    indices: jax.Array
+
+
+def candidates(rank: jax.Array, slots: int, axis: str | None = None) -> Candidates:
+    """The `slots` features of each token and source that rank highest; of equal ones the lowest index wins.
+
+    rank [S, B, F]. With features split over `axis`: each shard's best are gathered, never all ranks, and the best of
+    those are exactly the best of all.
     """
-    values, indices = jax.lax.top_k(pre, k)
-    return jnp.maximum(values, 0), indices
+    features = rank.shape[-1]
+    own = min(slots, features)
+    best, places = whole_top_k(rank, own)
+    if shards(axis) == 1:
+        return Candidates(best, places)
+    assert axis is not None
+    gathered = jax.lax.all_gather(best, axis, axis=rank.ndim - 1, tiled=True)  # in shard order: ties stay right
+    best, winners = whole_top_k(gathered, slots)
+    mine = winners - jax.lax.axis_index(axis) * own
+    here = (mine >= 0) & (mine < own)
+    return Candidates(best, jnp.where(here, jnp.take_along_axis(places, jnp.where(here, mine, 0), -1), features))
+
+
+def whole_top_k(rank: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """`lax.top_k` as XLA does it fast on CPU: over rows of a matrix, and not fused with a slice of its result, which
+    would make it a full sort (a hundredfold slower). The barriers are one for each array: jax 0.10.2 cannot compile
+    one around both."""
+    best, places = jax.lax.top_k(rank.reshape(-1, rank.shape[-1]), k)
+    shape = (*rank.shape[:-1], k)
+    return (
+        jax.lax.optimization_barrier(best).reshape(shape),
+        jax.lax.optimization_barrier(places).reshape(shape),
+    )
+
+
+def cut_topk(rank: jax.Array, k: jax.Array) -> jax.Array:
+    """k [S] -> the k-th largest rank of each token and source [S, B, 1]."""
+    kept = jnp.arange(rank.shape[-1]) < k[:, None, None]
+    return jnp.where(kept, rank, jnp.inf).min(-1, keepdims=True)
+
+
+def cut_joint(rank: jax.Array, k: jax.Array) -> jax.Array:
+    """The K-th largest rank of each token over all its candidates [1, B, 1], K the sum of k [S]."""
+    S, B, C = rank.shape
+    ordered = jnp.sort(jnp.moveaxis(rank, 0, 1).reshape(B, S * C), axis=-1, descending=True)
+    kept = jnp.arange(S * C) < k.sum()
+    return jnp.where(kept, ordered, jnp.inf).min(-1)[None, :, None]
+
+
+def cut_batch(rank: jax.Array, k: jax.Array, axis: str | None = None) -> jax.Array:
+    """The n-th largest rank of each source over all tokens [S, 1, 1], n = k [S] times tokens; at least 0.
+
+    By bisection on the bits of non-negative floats: 31 counts and no sort. With tokens split over `axis`, counts are
+    added up over the shards.
+    """
+    B = rank.shape[1] * shards(axis)
+    wanted = jnp.round(k * B).astype(jnp.int32)
+    bits = jax.lax.bitcast_convert_type(jnp.maximum(rank, 0.0), jnp.int32)
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds  # at least `wanted` ranks reach low, fewer reach high
+        middle = low + (high - low) // 2
+        enough = total((bits >= middle[:, None, None]).sum((1, 2)), axis) >= wanted
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    low = total(varying_like(jnp.zeros(len(rank), jnp.int32), bits), axis)
+    bounds = jax.lax.fori_loop(0, 31, halve, (low, low + LARGEST_FLOAT))
+    return jax.lax.bitcast_convert_type(bounds[0], jnp.float32)[:, None, None]
+
+
+def training_cut(activation: str, rank: jax.Array, k: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
+    """Which candidates may be active in a training step [S, B, C], and the rank that takes (broadcasts).
+
+    rank [S, B, C] of the candidates; k [S].
+    """
+    if activation == "topk":
+        cut = cut_topk(rank, k)
+        kept = jnp.broadcast_to(jnp.arange(rank.shape[-1]) < k[:, None, None], rank.shape)  # exactly k, ties or not
+    else:
+        if activation == "topk_joint":
+            cut = cut_joint(rank, k)
+        elif activation == "batchtopk":
+            cut = cut_batch(rank, k, axes.data)
+        else:
+            cut = jnp.zeros((1, 1, 1))
+        kept = rank >= cut
+    return kept, cut
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def jumprelu(pre: jax.Array, threshold: jax.Array, bandwidth: float) -> jax.Array:
+    """`pre` where it is above `threshold`, else 0.
+
+    The threshold learns by the straight-through estimator: d/d threshold = -(threshold / bandwidth) where `pre` is
+    within bandwidth / 2 of it (Rajamanoharan et al. 2024, eq. 11, with a rectangle as kernel).
+    """
+    return jnp.where(pre > threshold, pre, 0.0)
+
+
+@jumprelu.defjvp
+def _jumprelu_tangent(bandwidth: float, primals: tuple, tangents: tuple):
+    (pre, threshold), (pre_tangent, threshold_tangent) = primals, tangents
+    near = jnp.abs(pre - threshold) < bandwidth / 2
+    slope = jnp.where(near, -threshold / bandwidth, 0.0)
+    tangent = jnp.where(pre > threshold, pre_tangent, 0.0) + slope * threshold_tangent
+    return jumprelu(pre, threshold, bandwidth), tangent

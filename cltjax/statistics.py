@@ -114,16 +114,21 @@ def summarise(moments: Moments, outliers: np.ndarray) -> SiteStats:
         )
 
 
-def outlier_threshold(moments: Moments) -> np.ndarray:
+def outlier_threshold(moments: Moments, factor: float = OUTLIER_FACTOR) -> np.ndarray:
     """[L] the norm from which on a vector is an outlier of its layer; NaN without rows, which nothing reaches."""
     total = moments.total()
     with np.errstate(invalid="ignore"):
-        return OUTLIER_FACTOR * total.norm_sum / np.float64(total.count)
+        return factor * total.norm_sum / np.float64(total.count)
+
+
+def is_outlier(norms: np.ndarray, threshold: np.ndarray) -> np.ndarray:
+    """[N, L] bool: which norms ([N, L]) reach their layer's threshold ([L]). A zero vector never does."""
+    return (norms >= threshold) & (norms > 0)
 
 
 def count_outliers(norms: np.ndarray, modality: np.ndarray, train: np.ndarray, threshold: np.ndarray) -> np.ndarray:
     """[L, M] how many of the `train` rows ([N] bool) of each modality ([N]) have norms ([N, L]) >= threshold ([L])."""
-    outlier = (norms >= threshold) & (norms > 0) & train[:, None]
+    outlier = is_outlier(norms, threshold) & train[:, None]
     return np.stack([(outlier & (modality == m)[:, None]).sum(0) for m in range(N_MODALITIES)], axis=1)
 
 

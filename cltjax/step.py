@@ -1,31 +1,67 @@
-"""The state of training and the one step that advances it: pure functions, compiled once."""
+"""The state of training and the one step that advances it: pure functions, compiled once, split over a device mesh.
 
-from collections.abc import Callable
+Parameters of features are split over the mesh's `model` axis, tokens over `data`. Forward and backward run inside
+`jax.shard_map`, so that what crosses devices is what is written here: the candidates' ranks, one sum of y_hat, counts,
+and one sum of each gradient over `data` (tests/test_sharding.py reads it off the compiled program).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from cltjax.axes import MESH, Axes, total, varying_like
 from cltjax.clt import CLT
-from cltjax.config import TrainConfig
-from cltjax.loss import reconstruction_loss, squared_errors
+from cltjax.config import TrainConfig, k_values, slots_of
+from cltjax.loss import activate, auxiliary, k_at, penalty, penalty_weight, revival, squared_errors
 from cltjax.normalisation import Normalisation
 from cltjax.wiring import Wiring
 
 # Silent tokens are counted up to here (int32 must not wrap).
 SILENT_LIMIT = 1 << 30
+# The firing rate is averaged over about so many tokens.
+DENSITY_TOKENS = 1 << 20
+# Features that fire less often than this are counted as rare.
+RARE = 1e-5
+
+# Where the axis of the features is, by the name of what has one. Everything else is alike on all devices.
+FEATURE_AXIS = {"W_enc": 1, "b_enc": 1, "log_threshold": 1, "W_dec": 0, "silent": 1, "density": 1}
 
 
 class TrainState(NamedTuple):
     """Everything a checkpoint holds."""
 
     parameters: nnx.State
-    constants: nnx.State  # normalisation: part of the model, not trained
+    constants: nnx.State  # normalisation and thresholds: part of the model, not trained
     optimiser: optax.OptState
     silent: jax.Array  # [S, F] int32: tokens since a feature was last active
+    density: jax.Array  # [S, F] float32: firing rate, averaged over the last DENSITY_TOKENS or so
     step: jax.Array  # [] int32: steps done
+
+
+def specs(tree: Any) -> Any:
+    """How each array of a pytree (a state, its gradients, its moments) is split over the mesh: a tree of P."""
+
+    def spec(path: tuple, _: Any) -> P:
+        for entry in path:
+            name = str(getattr(entry, "name", getattr(entry, "key", None)))
+            if name in FEATURE_AXIS:
+                return P(*(None,) * FEATURE_AXIS[name], "model")
+        return P()
+
+    return jax.tree_util.tree_map_with_path(spec, tree)
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """The same as NamedShardings."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree), is_leaf=lambda leaf: isinstance(leaf, P))
 
 
 def schedule(config: TrainConfig) -> Callable[[Any], Any]:
@@ -35,7 +71,7 @@ def schedule(config: TrainConfig) -> Callable[[Any], Any]:
     def rate(step: Any) -> Any:
         up = jnp.minimum(1.0, (step + 1) / (warmup + 1))
         down = jnp.minimum(1.0, (config.steps - step) / fall) if fall > 0 else 1.0
-        return config.lr * jnp.minimum(up, down)
+        return config.learning_rate * jnp.minimum(up, down)
 
     return rate
 
@@ -48,15 +84,28 @@ def make_optimiser(config: TrainConfig) -> optax.GradientTransformation:
 
 def build(config: TrainConfig, wiring: Wiring, scales: Normalisation) -> CLT:
     """The untrained model."""
-    return CLT(wiring, config.model.features, config.model.k, scales, jax.random.key(config.seed))
+    key = jax.random.key(config.seed)
+    return CLT(wiring, config.model, scales, key, config.sparsity.threshold, config.dtype)
 
 
 def initial_state(config: TrainConfig, wiring: Wiring, scales: Normalisation) -> TrainState:
     """The state before the first step."""
     _, parameters, constants = nnx.split(build(config, wiring, scales), nnx.Param, ...)
-    silent = jnp.zeros((len(wiring.sources), config.model.features), jnp.int32)
+    shape = len(wiring.sources), config.model.features
     optimiser = make_optimiser(config).init(parameters)
-    return TrainState(parameters, constants, optimiser, silent, jnp.zeros((), jnp.int32))
+    return TrainState(
+        parameters, constants, optimiser, jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros((), jnp.int32)
+    )
+
+
+def abstract_state(config: TrainConfig, wiring: Wiring, scales: Normalisation, mesh: Mesh) -> TrainState:
+    """The shapes, types and shardings of `initial_state`, without its arrays."""
+    shapes = jax.eval_shape(partial(initial_state, config, wiring, scales))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings(shapes, mesh),
+    )
 
 
 def graph_of(config: TrainConfig, wiring: Wiring, scales: Normalisation) -> nnx.GraphDef:
@@ -64,41 +113,168 @@ def graph_of(config: TrainConfig, wiring: Wiring, scales: Normalisation) -> nnx.
     return nnx.graphdef(nnx.eval_shape(lambda: build(config, wiring, scales)))
 
 
-Step = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
+@dataclass(frozen=True)
+class Frozen:
+    """A trained CLT that helps to predict and stays as it is; its arrays are handed to the step beside this.
+
+    inputs: where its sources' inputs are in a batch. targets: (its target, ours) for the targets that both have.
+    """
+
+    graph: nnx.GraphDef
+    inputs: tuple[int, ...]
+    targets: tuple[tuple[int, int], ...]
+
+    def contributions(self, arrays: nnx.State, x: jax.Array, clt: CLT, axes: Axes) -> jax.Array:
+        """What it writes to the targets of `clt`, in its units [B, T, D]: here the part of this shard's features."""
+        frozen: CLT = nnx.merge(self.graph, arrays)
+        written = frozen.contributions(*frozen.encode(x[:, self.inputs], axes))
+        theirs, ours = map(list, zip(*self.targets, strict=True))
+        scale = (frozen.out_std[...][jnp.array(theirs)] / clt.out_std[...][jnp.array(ours)])[:, None]
+        y_hat = varying_like(jnp.zeros((len(x), *clt.b_dec[...].shape)), written)
+        return y_hat.at[:, jnp.array(ours)].add(written[:, jnp.array(theirs)] * scale)
+
+    def bias(self, arrays: nnx.State, clt: CLT) -> jax.Array:
+        """Its b_dec in the units of `clt` [T, D]."""
+        frozen: CLT = nnx.merge(self.graph, arrays)
+        theirs, ours = (jnp.array(places) for places in zip(*self.targets, strict=True))
+        scale = (frozen.out_std[...][theirs] / clt.out_std[...][ours])[:, None]
+        return jnp.zeros_like(clt.b_dec[...]).at[ours].add(frozen.b_dec[...][theirs] * scale)
 
 
-def make_step(config: TrainConfig, graph: nnx.GraphDef) -> Step:
-    """One optimiser step: (state, x [B, S, D], y [B, T, D]) -> (state, figures of this batch). The state is donated."""
-    optimiser, rate = make_optimiser(config), schedule(config)
+def predict(
+    clt: CLT,
+    values: jax.Array,
+    indices: jax.Array,
+    x: jax.Array,
+    frozen: Sequence[Frozen],
+    arrays: Sequence[nnx.State],
+    axes: Axes,
+) -> jax.Array:
+    """Normalised predictions [B, T, D] of a CLT's active features together with frozen ones'; one sum over `model`."""
+    y_hat, bias = clt.contributions(values, indices), clt.b_dec[...]
+    for one, held in zip(frozen, arrays, strict=True):
+        y_hat = y_hat + jax.lax.stop_gradient(one.contributions(held, x, clt, axes))
+        bias = bias + jax.lax.stop_gradient(one.bias(held, clt))
+    return total(y_hat, axes.model) + bias
+
+
+Figures = dict[str, jax.Array]
+Step = Callable[[TrainState, jax.Array, jax.Array, Sequence[nnx.State]], tuple[TrainState, Figures]]
+
+
+def annealed_steps(config: TrainConfig) -> int:
+    """Steps in which more than k features are active."""
+    return round(config.sparsity.anneal * config.steps) if config.sparsity.k_start > 1 else 0
+
+
+def make_gradients(
+    config: TrainConfig, graph: nnx.GraphDef, mesh: Mesh, frozen: Sequence[Frozen] = (), annealing: bool = False
+) -> Callable[..., tuple[nnx.State, Figures, jax.Array]]:
+    """(state, x [M, B/M, S, D], y [M, B/M, T, D], frozen arrays) -> gradients, figures, tokens by feature [S, F].
+
+    M microbatches are gone through one after the other; gradients are of their mean loss.
+    """
+    slots = slots_of(config.model, config.sparsity.k_start if annealing else 1.0)
     # method.md: dead while training is silent for 1000 F/k tokens.
-    dead_after = min(SILENT_LIMIT, 1000 * config.model.features // config.model.k)
+    default = 1000 * config.model.features // max(k_values(config.model.k, config.model.features))
+    dead_after = min(SILENT_LIMIT, default if config.sparsity.dead_after is None else config.sparsity.dead_after)
+    data, model = MESH
 
-    def loss_of(parameters: nnx.State, constants: nnx.State, x: jax.Array, y: jax.Array):
-        clt: CLT = nnx.merge(graph, parameters, constants)
-        values, indices = clt.encode(x)
+    def loss_of(parameters: nnx.State, state: TrainState, x: jax.Array, y: jax.Array, arrays: Sequence[nnx.State]):
+        """This shard's part of one microbatch's loss; figures are sums over this shard's tokens."""
+        clt: CLT = nnx.merge(graph, parameters, state.constants)
+        tokens = len(x) * mesh.shape[data]
+        normal = clt.normalise_inputs(x[:, : len(clt.wiring.sources)])
+        k = k_at(clt.k, config.model.features, config.sparsity, config.steps, state.step)
+        active = activate(clt, normal, k, slots, config.sparsity.bandwidth, MESH)
         target = clt.normalise_targets(y)
-        errors = squared_errors(clt.decode(values, indices), target)
-        power = jnp.mean(jnp.square(target), axis=-1)
-        return reconstruction_loss(errors), (values, indices, errors.mean(0), power.mean(0))
-
-    def step(state: TrainState, x: jax.Array, y: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-        (loss, found), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.parameters, state.constants, x, y)
-        values, indices, error, power = found
-        updates, moments = optimiser.update(gradients, state.optimiser, state.parameters)
-        active = values > 0
-        source = jnp.arange(len(values))[:, None, None]
-        fired = jnp.zeros(state.silent.shape, bool).at[source, indices].max(active)
-        silent = jnp.where(fired, 0, jnp.minimum(state.silent + x.shape[0], SILENT_LIMIT))
+        y_hat = predict(clt, active.values, active.indices, x, frozen, arrays, MESH)
+        errors = squared_errors(y_hat, target).sum(0)
+        weights = jnp.array(config.target_weights) if config.target_weights else jnp.ones(errors.shape)
+        loss = weights @ errors / tokens
+        dead = state.silent > dead_after
+        if clt.activation in ("jumprelu", "relu"):
+            weight = penalty_weight(config.sparsity, config.steps, state.step)
+            loss += weight * penalty(clt, active, config.sparsity.scale, MESH) / tokens
+        if config.sparsity.revive > 0:
+            loss += config.sparsity.revive * revival(clt, active, dead, MESH) / tokens
+        if config.sparsity.auxk > 0:
+            left = jax.lax.stop_gradient(target - y_hat)
+            slots_left = min(config.sparsity.auxk_features, config.model.features)
+            found = auxiliary(clt, normal, active.pre, left, dead, slots_left, MESH).sum(0)
+            power = total(jnp.mean(jnp.square(left), -1).sum(0), data)
+            loss += config.sparsity.auxk * (weights @ (found / power))
+        fires = active.values > 0
+        source = jnp.arange(len(fires))[:, None, None]
+        fired = varying_like(jnp.zeros(state.silent.shape, jnp.int32), fires, state.silent)
+        fired = fired.at[source, active.indices].add(fires.astype(jnp.int32), mode="drop")
         figures = {
             "loss": loss,
-            "error": error,
-            "power": power,
-            "l0": active.sum(-1).mean(),
+            "error": errors / tokens,
+            "power": jnp.mean(jnp.square(target), -1).sum(0) / tokens,
+            "l0": total(fires.sum((1, 2)), model) / tokens,
+        }
+        return loss, (figures, fired)
+
+    def local(state: TrainState, x: jax.Array, y: jax.Array, arrays: Sequence[nnx.State]):
+        """Inside shard_map: gradients of this shard's tokens, added up over microbatches and then over `data`."""
+        differing = jax.tree.map(lambda leaf: varying_like(leaf, x), state.parameters)
+
+        def one(x: jax.Array, y: jax.Array):
+            (_, found), gradients = jax.value_and_grad(loss_of, has_aux=True)(differing, state, x, y, arrays)
+            return gradients, *found
+
+        sums = one(x[0], y[0])
+        if len(x) > 1:
+
+            def add(sums: Any, batch: tuple[jax.Array, jax.Array]):
+                return jax.tree.map(jnp.add, sums, one(*batch)), None
+
+            sums = jax.lax.scan(add, sums, (x[1:], y[1:]))[0]
+        gradients, figures, fired = sums
+        over_data = partial(jax.tree.map, lambda leaf: total(leaf, data))
+        mean = partial(jax.tree.map, lambda leaf: leaf / len(x))
+        return mean(over_data(gradients)), mean(over_data(figures)), over_data(fired)
+
+    def gradients(state: TrainState, x: jax.Array, y: jax.Array, arrays: Sequence[nnx.State]):
+        by_batch = P(None, data)
+        outputs = specs(state.parameters), P(), P(None, model)
+        inputs = specs(state), by_batch, by_batch, specs(arrays)
+        return jax.shard_map(local, mesh=mesh, in_specs=inputs, out_specs=outputs)(state, x, y, arrays)
+
+    gradients.dead_after = dead_after  # type: ignore[attr-defined]
+    return gradients
+
+
+def make_step(
+    config: TrainConfig, graph: nnx.GraphDef, mesh: Mesh, frozen: Sequence[Frozen] = (), annealing: bool = False
+) -> Step:
+    """One optimiser step: (state, x [M, B/M, S, D], y [M, B/M, T, D], frozen arrays) -> (state, figures of this batch).
+
+    The state is donated. Where k comes down from `k_start` times k, the first `annealed_steps` need a step made with
+    `annealing`, which has room for more active features.
+    """
+    optimiser, rate = make_optimiser(config), schedule(config)
+    gradients_of = make_gradients(config, graph, mesh, frozen, annealing)
+    dead_after = gradients_of.dead_after  # type: ignore[attr-defined]
+
+    def step(state: TrainState, x: jax.Array, y: jax.Array, arrays: Sequence[nnx.State]) -> tuple[TrainState, Figures]:
+        gradients, figures, fired = gradients_of(state, x, y, arrays)
+        updates, moments = optimiser.update(gradients, state.optimiser, state.parameters)
+        parameters = optax.apply_updates(state.parameters, updates)
+        tokens = x.shape[0] * x.shape[1]
+        silent = jnp.where(fired > 0, 0, jnp.minimum(state.silent + tokens, SILENT_LIMIT))
+        # The average of all tokens at first, of the last DENSITY_TOKENS later.
+        share = jnp.maximum(1 / (state.step + 1), min(1.0, tokens / DENSITY_TOKENS))
+        density = state.density + share * (fired / tokens - state.density)
+        figures |= {
             "dead": (silent > dead_after).mean(),
+            "rare": (density < RARE).mean(),
             "grad_norm": optax.tree.norm(gradients),
             "lr": rate(state.step),
         }
-        parameters = optax.apply_updates(state.parameters, updates)
-        return TrainState(parameters, state.constants, moments, silent, state.step + 1), figures  # type: ignore[arg-type]
+        advanced = TrainState(parameters, state.constants, moments, silent, density, state.step + 1)  # type: ignore[arg-type]
+        keep = jax.tree.map(jax.lax.with_sharding_constraint, advanced, shardings(advanced, mesh))
+        return keep, figures
 
     return jax.jit(step, donate_argnums=0)

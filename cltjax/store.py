@@ -256,6 +256,13 @@ class ActivationStore:
         """[rows, layers] float32 L2 norm of every stored vector, layers as in `self.layers`."""
         return np.concatenate([part.read_small(f"{part.name(which)}_norm", 0, part.rows) for part in self.parts])
 
+    def norm_pieces(self, which: str) -> Iterator[np.ndarray]:
+        """`norms` shard by shard, in order: all of them take gigabytes where rows and layers are many."""
+        for part in self.parts:
+            step = part.spec.shard_rows
+            for start in range(0, part.rows, step):
+                yield part.read_small(f"{part.name(which)}_norm", start, min(start + step, part.rows))
+
     @cached_property
     def split(self) -> np.ndarray:
         """[rows] uint8: the row's split as its place in SPLITS (0 train, 1 val, 2 test)."""
@@ -314,11 +321,16 @@ class ActivationStore:
         """As `stats`, with NaN where there are no `train` rows."""
         found = {}
         for which in ("site", "mlp_out"):
-            moments = Moments.zeros(len(self.layers), self.d_model)
-            for part in self.parts:
-                moments.merge(part.moments()[which])
+            moments = self.moments(which)
             found[which] = summarise(moments, self._outliers(which, moments))
         return Stats(**found)
+
+    def moments(self, which: str) -> Moments:
+        """Moments of "site" or "mlp_out" over the published `train` rows of all parts, float64, by modality."""
+        found = Moments.zeros(len(self.layers), self.d_model)
+        for part in self.parts:
+            found.merge(part.moments()[which])
+        return found
 
     def _outliers(self, which: str, moments: Moments) -> np.ndarray:
         """[L, M] by layer and modality: counted by the writer, or here where parts have a mean norm in common."""

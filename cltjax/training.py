@@ -7,23 +7,53 @@ with the same configuration ends with the same bits as one that was not: paramet
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
-from cltjax.batches import Batch, Batches, read_ahead
-from cltjax.checkpoint import METRICS, TIMING, Checkpoints, Lines, claim, identity, on_device, read_config, whole_lines
+from cltjax.batches import Batch, Batches, read_ahead, split_batches
+from cltjax.checkpoint import METRICS, TIMING, Checkpoints, Lines, claim, identity, whole_lines
 from cltjax.clt import CLT
-from cltjax.config import TrainConfig, as_json, from_json
+from cltjax.config import TrainConfig, as_json, k_values
+from cltjax.distributed import check_divides, make_mesh, own_positions, place
 from cltjax.errors import UserError
-from cltjax.normalisation import blank, normalisation_of
-from cltjax.step import Step, TrainState, graph_of, initial_state, make_step
+from cltjax.metrics import EVERY, calibrate, mean_fvu, measure
+from cltjax.normalisation import Normalisation, normalisation_of
+from cltjax.runs import check_given, freeze, input_layers, load_given, start_from
+from cltjax.sparsity import RANKED_BY_NORM
+from cltjax.step import (
+    Frozen,
+    Step,
+    TrainState,
+    abstract_state,
+    annealed_steps,
+    graph_of,
+    initial_state,
+    make_step,
+    shardings,
+)
 from cltjax.store import ActivationStore
+from cltjax.tokens import TokenRules, token_rules
 from cltjax.wiring import Wiring, spell_layers, wire
+
+# Validation rows that thresholds are calibrated on.
+CALIBRATION_ROWS = 8192
+# A run whose train FVU is above this will not come back: the mean alone has 1.
+DIVERGED = 10.0
+
+
+@jax.jit
+def all_finite(parameters: nnx.State) -> jax.Array:
+    """Whether no weight is infinite or not a number."""
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(parameters)]))
 
 
 @dataclass
@@ -32,15 +62,14 @@ class Window:
 
     steps: int = 0
     loss: float = 0.0
-    l0: float = 0.0
+    l0: list[float] = field(default_factory=list)
     error: list[float] = field(default_factory=list)
     power: list[float] = field(default_factory=list)
 
     def add(self, figures: dict[str, Any]) -> None:
         self.steps += 1
         self.loss += float(figures["loss"])
-        self.l0 += float(figures["l0"])
-        for name in ("error", "power"):
+        for name in ("l0", "error", "power"):
             values = [float(value) for value in figures[name]]
             before = getattr(self, name) or [0.0] * len(values)
             setattr(self, name, [a + b for a, b in zip(before, values, strict=True)])
@@ -54,8 +83,9 @@ class Window:
             "loss": self.loss / self.steps,
             "fvu": sum(fvu) / len(fvu),
             "fvu_by_target": fvu,
-            "l0": self.l0 / self.steps,
-            **{name: float(figures[name]) for name in ("dead", "grad_norm", "lr")},
+            "l0": sum(self.l0) / len(self.l0) / self.steps,
+            "l0_by_source": [l0 / self.steps for l0 in self.l0],
+            **{name: float(figures[name]) for name in ("dead", "rare", "grad_norm", "lr")},
         }
 
 
@@ -70,6 +100,12 @@ def plan(config: TrainConfig, store: ActivationStore) -> Wiring:
                 f"{role} layer {layer} was not captured in {store.path} (layers {spell_layers(store.layers)}): "
                 "capture it, or choose other --layer, --offset, --n-targets"
             )
+    for option, values, wanted, what in (
+        ("--model.k", k_values(config.model.k, config.model.features), len(wiring.sources), "sources"),
+        ("--target-weights", config.target_weights, len(wiring.targets), "targets"),
+    ):
+        if len(values) not in (wanted, 1 if option == "--model.k" else 0):
+            raise UserError(f"{option} has {len(values)} numbers for {wanted} {what}")
     if len(store.rows_of("test")) == 0:
         raise UserError(f"{store.path} has no test rows to measure on: capture more samples")
     return wiring
@@ -82,27 +118,41 @@ def train(config: TrainConfig, stop_after: int | None = None) -> Path:
     """
     store = ActivationStore.open(config.store)
     wiring = plan(config, store)
+    mesh = make_mesh(config.mesh)
+    check_divides(mesh, config.batch_size, config.microbatches, config.model.features)
     run = config.out or Path("runs") / wiring.name
-    run.mkdir(parents=True, exist_ok=True)
     config = dataclasses.replace(config, layer=spell_layers(wiring.sources), out=run)
-    scales = normalisation_of(store, wiring)
-    batches = Batches(store, wiring, config.batch_size, config.data, config.seed)
+    given = load_given(config.given, mesh)
+    family = tuple({earlier.run: earlier for one in given for earlier in (*one.family, one)}.values())
+    check_given(wiring, family, identity(store))
+    frozen, arrays = freeze(wiring, family)
+    inputs = input_layers(wiring, family)
+    rules = token_rules(store, inputs, wiring.targets, config.tokens)
+    scales = normalisation_of(store, wiring.sources, wiring.targets, rules)
+    rules.some_rows("test")
+    run.mkdir(parents=True, exist_ok=True)
+    own = own_positions(mesh, config.batch_size, config.microbatches)
+    batches = Batches(store, inputs, wiring.targets, rules, config.batch_size, config.data, config.seed, own)
     checkpoints = Checkpoints(run)
     try:
         last = checkpoints.last()
-        claim(run, as_json(config), identity(store), resumable=last is not None)
+        data = identity(store) | {"outliers": dataclasses.asdict(rules.limits)}
+        claim(run, as_json(config), data, resumable=last is not None)
         if last is None:
-            state, meta = initial_state(config, wiring, scales), {}
+            state, meta = first_state(config, wiring, scales, mesh), {}
         else:
-            like = on_device(jax.eval_shape(lambda: initial_state(config, wiring, scales)))
-            state, meta = checkpoints.restore(last, like)
+            state, meta = checkpoints.restore(last, abstract_state(config, wiring, scales, mesh))
             print(f"resuming {run} at step {last}")
-        say_plan(config, store, wiring, run)
+        say_plan(config, store, rules, wiring, run)
         records = Lines(run / METRICS, meta.get("metrics_bytes", 0))
         timings = Lines(run / TIMING, 0 if last is None else whole_lines(run / TIMING))
         try:
-            step = make_step(config, graph_of(config, wiring, scales))
-            loop = Loop(config, step, batches, checkpoints, records, timings)
+            graph = graph_of(config, wiring, scales)
+            make = partial(make_step, config, graph, mesh, frozen)
+            validate = partial(validation, config, graph, store, inputs, rules, frozen, arrays)
+            loop = Loop(config, mesh, make(), arrays, batches, checkpoints, records, timings, validate)
+            if config.sparsity.k_start > 1:
+                loop.annealing = make(annealing=True)
             loop.window = Window(**meta.get("window", {}))
             loop.run(state, last or 0, stop_after)
         finally:
@@ -114,15 +164,60 @@ def train(config: TrainConfig, stop_after: int | None = None) -> Path:
     return run
 
 
-def say_plan(config: TrainConfig, store: ActivationStore, wiring: Wiring, run: Path) -> None:
-    """One line about what is going to be done."""
-    tokens, rows = config.steps * config.batch_size, len(store.rows_of("train"))
+def first_state(config: TrainConfig, wiring: Wiring, scales: Normalisation, mesh: Mesh) -> TrainState:
+    """The state before the first step, on its mesh: made there, since one device may not hold it."""
+    make = partial(initial_state, config, wiring, scales)
+    state = jax.jit(make, out_shardings=shardings(jax.eval_shape(make), mesh))()
+    if config.start_from is not None:
+        state = state._replace(parameters=start_from(config.start_from, config, wiring, mesh))
+    return state
+
+
+def validation(
+    config: TrainConfig,
+    graph: nnx.GraphDef,
+    store: ActivationStore,
+    inputs: tuple[int, ...],
+    rules: TokenRules,
+    frozen: tuple[Frozen, ...],
+    arrays: Sequence[nnx.State],
+    state: TrainState,
+) -> tuple[TrainState, float | None]:
+    """The state with thresholds for use outside of training (where the rule needs them), and its FVU on `val` rows."""
+    clt: CLT = nnx.merge(graph, state.parameters, state.constants)
+    calibrated = clt.activation in RANKED_BY_NORM
+    if not len(rules.rows("val")) or not (calibrated or config.log.val_rows):
+        if calibrated:
+            raise UserError(f"{store.path} has no val rows, which {clt.activation} needs: capture more samples")
+        return state, None
+
+    def rows(most: int) -> Iterator[tuple[Batch, np.ndarray]]:
+        return split_batches(store, inputs, clt.wiring.targets, rules.group, "val", max_rows=most)
+
+    if calibrated:
+        cut = calibrate(clt, rows(CALIBRATION_ROWS), rules.used_groups)
+        clt.cut[...] = jax.device_put(cut, clt.cut[...].sharding)
+        state = state._replace(constants=nnx.split(clt, nnx.Param, ...)[2])
+    if not config.log.val_rows:
+        return state, None
+    figures = measure(clt, rows(config.log.val_rows), rules.used_groups, frozen, arrays).fit
+    return state, mean_fvu(figures.figures(clt.wiring.targets, rules.used_groups))[EVERY]
+
+
+def say_plan(config: TrainConfig, store: ActivationStore, rules: TokenRules, wiring: Wiring, run: Path) -> None:
+    """Two lines about what is going to be done."""
+    tokens, model = config.steps * config.batch_size, config.model
+    k = "" if model.activation in ("jumprelu", "relu") else f" k={spell_numbers(model.k)}"
     print(
         f"{run}: source {spell_layers(wiring.sources)} -> targets {spell_layers(wiring.targets)}, "
-        f"F={config.model.features}, k={config.model.k}; {tokens:,} tokens from {rows:,} train rows"
-        + ("" if store.complete else " (the capture is unfinished: only what is published)"),
-        flush=True,
+        f"F={model.features}, {model.activation}{k}; {tokens:,} tokens"
+        + ("" if store.complete else " (the capture is unfinished: only what is published)")
     )
+    print(f"train rows: {rules.describe('train')}", flush=True)
+
+
+def spell_numbers(k: float | tuple[float, ...]) -> str:
+    return ",".join(f"{one:g}" for one in (k if isinstance(k, tuple) else (k,)))
 
 
 @dataclass
@@ -130,11 +225,15 @@ class Loop:
     """The training loop of one process."""
 
     config: TrainConfig
+    mesh: Mesh
     step: Step
+    arrays: Sequence[nnx.State]  # of the frozen runs
     batches: Batches
     checkpoints: Checkpoints
     records: Lines
     timings: Lines
+    validate: Callable[[TrainState], tuple[TrainState, float | None]]
+    annealing: Step | None = None  # the step while k comes down
     window: Window = field(default_factory=Window)
     compiling: bool = True
     since: float = 0.0  # when the current stretch of `waited` and `timed_steps` began
@@ -149,8 +248,9 @@ class Loop:
         with read_ahead((self.batches(n) for n in range(first, steps)), depth=4) as feed:
             for n in range(first, steps):
                 x, y = self.next_batch(feed)
+                advance = self.annealing if self.annealing and n < annealed_steps(self.config) else self.step
                 with jax.transfer_guard("disallow"):
-                    state, figures = self.step(state, x, y)
+                    state, figures = advance(state, x, y, self.arrays)
                 if pending is not None:
                     self.note(*pending)
                 pending = n + 1, figures
@@ -166,11 +266,26 @@ class Loop:
         began = time.perf_counter()
         batch = next(feed)
         self.waited += time.perf_counter() - began
-        return jax.device_put(batch.x), jax.device_put(batch.y)
+        config = self.config
+        x, y = (place(rows, self.mesh, config.batch_size, config.microbatches) for rows in batch)
+        return x, y
 
     def save(self, step: int, state: TrainState) -> None:
+        """Measure on `val` rows, then begin to save. UserError where the weights are not finite: nothing is saved."""
+        if not bool(all_finite(state.parameters)):
+            self.stop(step, "the weights are not finite")
+        began = time.perf_counter()
+        ready, fvu = self.validate(state)
+        if fvu is not None:
+            print(f"step {step:>6}/{self.config.steps}  val FVU {fvu:.4f}", flush=True)
         meta = {"window": dataclasses.asdict(self.window), "metrics_bytes": self.records.size()}
-        self.checkpoints.save(step, state, meta)
+        self.checkpoints.save(step, ready, meta, fvu)
+        self.since += time.perf_counter() - began  # speed is that of training
+
+    def stop(self, step: int, why: str) -> None:
+        last = self.checkpoints.last()
+        kept = "there is no checkpoint yet" if last is None else f"the checkpoint of step {last} is kept"
+        raise UserError(f"{why} at step {step}; {kept}. Lower --lr (now {self.config.learning_rate:g})")
 
     def note(self, step: int, waiting: dict[str, jax.Array]) -> None:
         """Take in the figures of one step: stop on what is not finite, write a record where one is due."""
@@ -180,13 +295,13 @@ class Loop:
         else:
             self.timed_steps += 1
         if not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])):
-            last = self.checkpoints.last()
-            kept = "there is no checkpoint yet" if last is None else f"the checkpoint of step {last} is kept"
-            raise UserError(f"the loss is not finite at step {step}; {kept}. Lower --lr (now {self.config.lr:g})")
+            self.stop(step, "the loss is not finite")
         self.window.add(figures)
         if step % self.config.log.every and step != self.config.steps:
             return
         record = self.window.record(step, step * self.config.batch_size, figures)
+        if record["fvu"] > DIVERGED:
+            self.stop(step, f"training has diverged (train FVU {record['fvu']:.3g}, where the mean alone has 1)")
         self.records.add(record)
         self.window = Window()
         self.say(record)
@@ -207,23 +322,3 @@ class Loop:
         timing = {"step": record["step"], "seconds": seconds, "tokens_per_s": speed, "waiting": waited}
         self.timings.add(timing)
         self.since, self.waited, self.timed_steps = now, 0.0, 0
-
-
-def load(run: Path) -> tuple[CLT, TrainConfig, dict[str, Any]]:
-    """The trained model of a run directory, its configuration, and the identity of the data it was trained on."""
-    found = read_config(run)
-    config, data = from_json(found["config"]), found["data"]
-    wiring = wire(config.layer, data["model"]["n_layers"], config.offset, config.n_targets)
-    scales = blank(wiring, data["model"]["d_model"])
-    if not (run / "checkpoints").is_dir():
-        raise UserError(f"{run} has no checkpoint yet: run train.py again")
-    checkpoints = Checkpoints(run)
-    try:
-        last = checkpoints.last()
-        if last is None:
-            raise UserError(f"{run} has no checkpoint yet: run train.py again")
-        like = on_device(jax.eval_shape(lambda: initial_state(config, wiring, scales)))
-        state, _ = checkpoints.restore(last, like)
-    finally:
-        checkpoints.close()
-    return nnx.merge(graph_of(config, wiring, scales), state.parameters, state.constants), config, data

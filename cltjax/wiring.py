@@ -17,22 +17,21 @@ class Wiring:
 
     sources: tuple[int, ...]
     targets: tuple[int, ...]
-    pairs: tuple[tuple[int, int], ...]  # ordered by target, then source: one target's heads are neighbours
-
-    @cached_property
-    def source_index(self) -> tuple[int, ...]:
-        """[P] position in `sources` of each pair's source."""
-        return tuple(self.sources.index(source) for source, _ in self.pairs)
-
-    @cached_property
-    def target_slices(self) -> tuple[slice, ...]:
-        """[T] the pairs that write to each target."""
-        written = [target for _, target in self.pairs]
-        return tuple(slice(written.index(t), written.index(t) + written.count(t)) for t in self.targets)
+    pairs: tuple[tuple[int, int], ...]  # ordered by source, then target
 
     def targets_of(self, source: int) -> tuple[int, ...]:
-        """The target layers of one source layer, nearest first."""
+        """The target layers of one source layer, nearest first: consecutive layers."""
         return tuple(target for s, target in self.pairs if s == source)
+
+    @cached_property
+    def windows(self) -> tuple[slice, ...]:
+        """[S] where each source's targets lie among `targets`: consecutive layers are neighbours there too."""
+        found = []
+        for source in self.sources:
+            written = self.targets_of(source)
+            first = self.targets.index(written[0])
+            found.append(slice(first, first + len(written)))
+        return tuple(found)
 
     @property
     def name(self) -> str:
@@ -69,5 +68,4 @@ def wire(layers: str, n_layers: int, offset: int, n_targets: int) -> Wiring:
     if not sources:
         raise UserError(f"no layer of a model with {n_layers} layers has a target at --offset {offset}")
     pairs = [(s, t) for s in sources for t in range(s + offset, min(s + offset + n_targets, n_layers))]
-    pairs.sort(key=lambda pair: (pair[1], pair[0]))
     return Wiring(sources, tuple(sorted({target for _, target in pairs})), tuple(pairs))

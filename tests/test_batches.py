@@ -1,22 +1,28 @@
 """The order of training rows: every row once an epoch, any step on its own, and the rows that were asked for."""
 
+import dataclasses
 import threading
 import time
+import zlib
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from store_cases import make_case, write
 from stores import synthetic_store
 
-from cltjax.batches import Batches, Order, read_ahead, split_batches
-from cltjax.config import DataConfig
+from cltjax.batches import Batch, Batches, Order, page_size, read_ahead, split_batches, spread
+from cltjax.config import DataConfig, TokensConfig
 from cltjax.errors import UserError
-from cltjax.store import ActivationStore
+from cltjax.store import IMAGE, ActivationStore
+from cltjax.tokens import NormLimits, TokenRules, token_rules
 from cltjax.wiring import wire
 
 D = 7
+ORDER_CRC32 = 2256106614
 
 
 @pytest.fixture(scope="module")
@@ -65,27 +71,169 @@ def test_pages_are_neighbours_and_epochs_differ():
     assert stream(Order(np.arange(1000), 10, 50, seed=4), 0, 1000).tolist() != epochs[0]
 
 
-def test_batches_hold_the_rows_and_layers_of_the_order(store: ActivationStore):
-    wiring = wire("0,2", store.n_layers, 1, 1)
-    assert wiring.targets == (1, 3)
-    data = DataConfig(page_rows=5, buffer_mib=1)
-    batches = Batches(store, wiring, 37, data, seed=2)
-    batches.order = Order(store.rows_of("train"), 5, 60, 2)  # small buffers: batches straddle them
+class Spy:
+    """Stands in for a store, and notes the rows that are read."""
+
+    def __init__(self, store: ActivationStore) -> None:
+        self.store, self.read_rows = store, []
+
+    def __getattr__(self, name: str):
+        return getattr(self.store, name)
+
+    def read(self, which: str, rows: np.ndarray, layers) -> np.ndarray:
+        self.read_rows.append(rows)
+        return self.store.read(which, rows, layers)
+
+
+def rules_of(store: ActivationStore, **options) -> TokenRules:
+    return token_rules(store, (0, 2), (1, 3), TokensConfig(**options))
+
+
+def make(store, rules: TokenRules, size: int = 37, *, buffer_rows: int, positions=None, seed: int = 2) -> Batches:
+    """Batches of layers (0, 2) -> (3, 1) with small buffers, which batches straddle."""
+    batches = Batches(store, (0, 2), (3, 1), rules, size, DataConfig(page_rows=5), seed, positions)
+    for stream in batches.streams:
+        stream.order = Order(stream.order.rows, 5, buffer_rows, stream.order.seed)
+    return batches
+
+
+@lru_cache
+def numbers(store: ActivationStore) -> dict[bytes, int]:
+    """Row numbers by what is stored at layers 0 and 2."""
+    found = {row.tobytes(): number for number, row in enumerate(store.read("site", slice(None), (0, 2)))}
+    assert len(found) == store.rows
+    return found
+
+
+def rows_in(store: ActivationStore, batch: Batch) -> np.ndarray:
+    """Which rows of the store a batch of layers 0 and 2 holds."""
+    return np.array([numbers(store)[row.tobytes()] for row in batch.x])
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_batches_hold_the_rows_and_layers_of_the_order(store: ActivationStore, special: bool):
+    rules = rules_of(store, special=special)
+    assert len(rules.rows("train")) < len(store.rows_of("train")) or special
+    batches = make(store, rules, buffer_rows=60)
+    order = Order(rules.rows("train"), 5, 60, 2)
     for step in (0, 1, 5, 40, 39, 0):
-        rows = stream(batches.order, step * 37, 37)
+        rows = stream(order, step * 37, 37)
         batch = batches(step)
         np.testing.assert_array_equal(batch.x, store.read("site", rows, (0, 2)))
-        np.testing.assert_array_equal(batch.y, store.read("mlp_out", rows, (1, 3)))
-        assert len(batches.buffers) <= 2
+        np.testing.assert_array_equal(batch.y, store.read("mlp_out", rows, (3, 1)))
+        assert len(batches.streams[0].buffers) <= 2
     batches.close()
 
 
+def test_the_order_is_the_same_as_ever(store: ActivationStore):
+    """Old runs resume with the rows they would have had: this checksum is of the order as first released."""
+    whole = stream(Order(np.arange(7919), 256, 2048, 3), 0, 3 * 7919)
+    assert zlib.crc32(whole.astype(np.int64).tobytes()) == ORDER_CRC32
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    share=st.sampled_from([None, 0.0, 0.2, 0.5, 0.9, 1.0]),
+    pieces=st.integers(1, 4),
+    buffer_rows=st.sampled_from([30, 90, 5000]),
+    seed=st.integers(0, 3),
+    steps=st.lists(st.integers(0, 60), min_size=1, max_size=3),
+)
+def test_each_process_gets_its_positions(store, share, pieces, buffer_rows, seed, steps):
+    rules = rules_of(store, image_share=share)
+    whole = make(store, rules, buffer_rows=buffer_rows, seed=seed)
+    assigned = np.random.default_rng(seed).integers(0, pieces, 37)
+    for piece in set(assigned.tolist()):
+        positions = np.random.default_rng(piece).permutation(np.flatnonzero(assigned == piece))
+        spy = Spy(store)
+        mine = make(spy, rules, buffer_rows=buffer_rows, seed=seed, positions=positions)
+        for step in steps:
+            expected, found = whole(step), mine(step)
+            np.testing.assert_array_equal(found.x, expected.x[positions])
+            np.testing.assert_array_equal(found.y, expected.y[positions])
+        mine.close()
+        assert all(len(np.unique(rows)) == len(rows) for rows in spy.read_rows)
+    whole.close()
+
+
+def test_a_process_reads_its_part_of_a_buffer(store: ActivationStore):
+    """With 5 of 37 positions, 5 of 37 rows of a buffer: those of the batches that it is used for."""
+    spy, rules = Spy(store), rules_of(store)
+    batches = make(spy, rules, buffer_rows=185, positions=slice(3, 8))
+    full = make(store, rules, buffer_rows=185)
+    n = batches.streams[0].order.buffer_rows
+    assert n % 5 == 0 and len(rules.rows("train")) > 2 * n
+    batches(0)
+    batches.close()
+    expected = [r for step in range(-(-n // 37)) for r in rows_in(store, full(step))[3:8]]
+    assert set(spy.read_rows[0].tolist()) <= set(expected) and len(spy.read_rows[0]) >= len(expected) - 5
+    full.close()
+
+
+@settings(max_examples=20, deadline=None)
+@given(share=st.sampled_from([0.0, 0.1, 0.5, 0.77, 1.0]), size=st.integers(10, 50), seed=st.integers(0, 9))
+def test_images_have_their_share_of_every_batch(store, share: float, size: int, seed: int):
+    """And both kinds go through all their rows before any comes again."""
+    rules = rules_of(store, special=True, image_share=share)
+    batches = make(store, rules, size, buffer_rows=150, seed=seed)
+    modality, used = store.column("modality"), rules.rows("train")
+    seen = []
+    for step in range(40):
+        rows = rows_in(store, batches(step))
+        assert (modality[rows] == IMAGE).sum() == round(share * size)
+        seen += rows.tolist()
+    batches.close()
+    again = np.bincount(seen, minlength=store.rows)
+    assert again[np.setdiff1d(np.arange(store.rows), used)].sum() == 0
+    for kind in (used[modality[used] == IMAGE], used[modality[used] != IMAGE]):
+        assert len(kind) == 0 or again[kind].max() - again[kind].min() <= 1
+    if 0 < share < 1:
+        first, second = batches.streams
+        assert {first.order.seed, second.order.seed} > {seed} and second.order.seed != first.order.seed
+
+
+def test_the_share_holds_in_any_piece_of_a_batch():
+    """Contiguous microbatches, strided ones, and shards of them: each within 4 tokens of its share."""
+    for n in (13, 256, 460):
+        chosen = spread(512, n)
+        assert chosen.sum() == n
+        for parts in (2, 4, 8, 16):
+            for pieces in (chosen.reshape(parts, -1), chosen.reshape(-1, parts).T):
+                assert np.abs(pieces.sum(1) - n / parts).max() <= 4
+
+
+def test_image_share_without_what_it_needs(tmp_path: Path, store: ActivationStore):
+    path = tmp_path / "text"
+    write(path, make_case(samples_by_batch=(31,), longest=13))
+    text = ActivationStore.open(path)
+    rules = token_rules(text, (1,), (3,), TokensConfig(image_share=0.5))
+    for gone, lacking in ((0, "other than image"), (1, "none image")):
+        left = dataclasses.replace(rules, group=np.where(rules.group == gone, 2, rules.group))
+        with pytest.raises(UserError, match=lacking):
+            Batches(text, (1,), (3,), left, 5, DataConfig(), 0)
+    tiny = token_rules(text, (1,), (3,), TokensConfig(image_share=0.01))
+    with pytest.raises(UserError, match="--batch-size 5 is 0 tokens"):
+        Batches(text, (1,), (3,), tiny, 5, DataConfig(), 0)
+
+
+def test_a_store_that_fits_into_a_buffer_is_read_once(store: ActivationStore):
+    spy, rules = Spy(store), rules_of(store)
+    batches = Batches(spy, (0,), (1,), rules, 37, DataConfig(), 0)  # type: ignore[arg-type]
+    order = Order(rules.rows("train"), 256, 10**6, 0)
+    for step in range(3 * len(order.rows) // 37):
+        rows = stream(order, step * 37, 37)
+        np.testing.assert_array_equal(batches(step).y, store.read("mlp_out", rows, (1,)))
+    batches.close()
+    assert len(spy.read_rows) == 2 and len(spy.read_rows[0]) == len(order.rows)
+
+
 def test_the_buffers_are_bounded_in_bytes(store: ActivationStore):
-    wiring = wire("0", store.n_layers, 1, 16)
-    batches = Batches(store, wiring, 37, DataConfig(page_rows=256, buffer_mib=3), seed=2)
+    rules = token_rules(store, (0,), (1, 2, 3), TokensConfig(special=True))
+    batches = Batches(store, (0,), (1, 2, 3), rules, 37, DataConfig(page_rows=256, buffer_mib=3), seed=2)
+    order = batches.streams[0].order
     row_bytes = 4 * D * 2  # one source and three targets in bfloat16
     pages = -(-len(store.rows_of("train")) // 256)
-    assert batches.order.per_epoch == 1 and batches.order.buffer_rows == 256 * pages  # all of it fits
+    assert order.per_epoch == 1 and order.buffer_rows == 256 * pages  # all of it fits
     order = Order(np.arange(100_001), 256, (3 << 20) // 2 // row_bytes, 0)
     assert 2 * order.buffer_rows * row_bytes <= 3 << 20
     sizes = [len(order.buffer(number)[0]) for number in range(order.per_epoch)]
@@ -94,19 +242,59 @@ def test_the_buffers_are_bounded_in_bytes(store: ActivationStore):
     batches.close()
 
 
-def test_a_store_without_train_rows(tmp_path: Path):
-    store = synthetic_store(tmp_path / "s", rows=60, layers=2, d=3, splits=("test",))
+def test_two_streams_share_the_memory(monkeypatch, store: ActivationStore):
+    """Of a buffer of 3 MiB / 2, each stream has what its share of a batch is."""
+    asked = []
+
+    class Noted(Order):
+        def __init__(self, rows, page_rows, buffer_rows, seed) -> None:
+            asked.append((page_rows, buffer_rows))
+            super().__init__(rows, page_rows, buffer_rows, seed)
+
+    monkeypatch.setattr("cltjax.batches.Order", Noted)
+    most = (3 << 20) // 2 // (4 * D * 2)
+    for share, size in ((None, 37), (0.25, 40)):
+        rules = token_rules(store, (0,), (1, 2, 3), TokensConfig(image_share=share))
+        Batches(store, (0,), (1, 2, 3), rules, size, DataConfig(buffer_mib=3), 0).close()
+    assert asked == [(256, most), (256, most * 30 // 40), (128, most * 10 // 40)]
+
+
+def test_pages_shrink_where_a_buffer_would_hold_few():
+    assert [page_size(rows) for rows in (10**6, 8192, 8191, 4096, 2000, 513, 511, 100, 1)] == [
+        *(256, 256, 128, 128, 32, 16, 16, 16, 16)
+    ]
+
+
+def test_a_store_without_train_rows(tmp_path: Path, store: ActivationStore):
+    untrained = synthetic_store(tmp_path / "s", rows=60, layers=2, d=3, splits=("test",))
+    rules = token_rules(untrained, (0,), (1,), TokensConfig(), NormLimits((1e9,), (1e9,)))
     with pytest.raises(UserError, match="no train rows"):
-        Batches(store, wire("0", 2, 1, 1), 5, DataConfig(), 0)
+        Batches(untrained, (0,), (1,), rules, 5, DataConfig(), 0)
+    rules = rules_of(store, outlier_factor=1e-9)
+    with pytest.raises(UserError, match=r"--tokens options, which leave out [\d,]+ outlier"):
+        Batches(store, (0,), (1,), rules, 5, DataConfig(), 0)
 
 
 def test_split_batches_are_the_whole_split(store: ActivationStore):
     wiring = wire("all", store.n_layers, 1, 16)
-    found = list(split_batches(store, wiring, "test", size=41))
+    group = rules_of(store).group
+    found = list(split_batches(store, wiring.sources, wiring.targets, group, "test", size=41))
     rows = store.rows_of("test")
-    x, modality = np.concatenate([batch.x for batch, _ in found]), np.concatenate([m for _, m in found])
+    x, groups = np.concatenate([batch.x for batch, _ in found]), np.concatenate([m for _, m in found])
     np.testing.assert_array_equal(x, store.read("site", rows, wiring.sources))
-    np.testing.assert_array_equal(modality, store.column("modality")[rows])
+    np.testing.assert_array_equal(groups, group[rows])
+    assert set(groups) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("most", [1, 50, 97, 131, 10**6])
+def test_at_most_so_many_rows_from_all_over_the_split(store: ActivationStore, most: int):
+    found = list(split_batches(store, (0, 2), (1,), np.arange(store.rows), "test", 41, most))
+    chosen, rows = np.concatenate([group for _, group in found]), store.rows_of("test")
+    assert np.all(np.diff(chosen) > 0) and np.isin(chosen, rows).all()
+    np.testing.assert_array_equal(rows_in(store, Batch(np.concatenate([b.x for b, _ in found]), found[0][0].y)), chosen)
+    assert min(most, len(rows)) - store.block_rows < len(chosen) <= most
+    if 3 * store.block_rows < most < len(rows):
+        assert chosen[0] == rows[0] and chosen[-1] >= np.quantile(rows, 0.6)
 
 
 def test_read_ahead_keeps_order_is_bounded_and_raises():

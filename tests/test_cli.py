@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,78 @@ def test_a_folder_without_a_store_is_one_line(
         main()
     assert ended.value.code == 2
     assert "no activation store" in capsys.readouterr().err
+
+
+RECIPE = """from cltjax.config import ModelConfig, TrainConfig
+from cltjax.estimate import ModelShape
+model_shape = ModelShape(n_layers=3, d_model=11)
+config = TrainConfig("all", offset=0, model=ModelConfig(features=26, k=2))
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "x.py"
+    path.write_text(RECIPE)
+    return path
+
+
+def estimated(
+    args: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> dict[str, dict[str, int]]:
+    monkeypatch.setattr("sys.argv", ["cltjax", "estimate", *args, "--json"])
+    main()
+    return json.loads(capsys.readouterr().out)
+
+
+def test_estimate_takes_the_model_from_options_a_store_or_the_recipe(
+    store: Path, recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    given = ["--config", str(recipe)]
+    for args, d_model in (
+        (given, 11),
+        ([f"--config={recipe}", "--d-model", "7"], 7),
+        ([*given, "--store", str(store)], 5),
+        (["--layer", "all", "--offset", "0", "--model.features", "26", f"--store={store}"], 5),
+        (["--layer", "all", "--model.features", "26", "--model-layers", "4", "--d-model", "13"], 13),
+    ):
+        found = estimated(args, capsys, monkeypatch)
+        assert found["parameters"]["encoder"] == 3 * 26 * d_model
+
+
+def test_estimate_takes_the_options_of_training_and_prints_tables(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    found = estimated(["--config", str(recipe), "--model.features", "34", "--mesh", "2x2"], capsys, monkeypatch)
+    assert found["mesh"] == [2, 2]
+    assert found["parameters"]["decoder"] == 6 * 34 * 11
+    monkeypatch.setattr("sys.argv", ["cltjax", "estimate", "--config", str(recipe), "--tokens-per-s", "1000"])
+    main()
+    printed = capsys.readouterr().out
+    assert "at 1,000 tokens/s" in printed
+    for name in ("source layers", "Adam moments", "optimiser", "time once"):
+        assert name in printed
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        (["--layer", "0", "--store", "nowhere"], "--model-layers and --d-model"),
+        (["--layer", "0", "--d-model", "5"], "go together"),
+        (["--layer", "7", "--model-layers", "3", "--d-model", "5"], "layer 7"),
+        (["--layer", "0", "--model-layers", "3", "--d-model", "5", "--mesh", "2by4"], "--mesh 2by4"),
+        (["--layer", "0", "--model-layers", "3", "--d-model", "5", "--flops", "0"], "--flops 0"),
+        (["--layer", "0", "--model-layers", "3", "--d-model", "5", "--tokens-per-s", "0"], "--tokens-per-s 0"),
+        (["--config", "nowhere.py"], "no such file"),
+        (["--config"], "--config needs"),
+    ],
+)
+def test_what_estimate_cannot_do_is_one_line(
+    args: list[str], reason: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("sys.argv", ["cltjax", "estimate", *args])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert reason in error and error.count("\n") == 1

@@ -1,7 +1,5 @@
 """FVU, calibration slope, L0 and dead features against their definitions in float64."""
 
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
@@ -9,11 +7,14 @@ from stores import synthetic_store
 
 from cltjax.batches import split_batches
 from cltjax.clt import CLT
-from cltjax.metrics import GROUPS, Fit, fit_sums, measure, membership_of, summary
+from cltjax.config import ModelConfig, TokensConfig
+from cltjax.metrics import Fit, Measured, fit_sums, measure, membership_of, summary
 from cltjax.normalisation import normalisation_of
+from cltjax.tokens import GROUPS, NormLimits, token_rules
 from cltjax.wiring import wire
 
 F, K = 23, 3
+USED = (0, 1)  # text and image
 
 
 @pytest.fixture(scope="module")
@@ -21,24 +22,34 @@ def measured(tmp_path_factory):
     """A CLT with random weights, measured in batches with a short last one; and all test rows at once."""
     store = synthetic_store(tmp_path_factory.mktemp("metrics") / "store", rows=1009, layers=4, d=7)
     wiring = wire("all", 4, 1, 2)
-    clt = CLT(wiring, F, K, normalisation_of(store, wiring), jax.random.key(1))
+    wired = (("site", list(wiring.sources)), ("mlp_out", list(wiring.targets)))
+    # Limits so low that some rows of every modality are outliers.
+    limits = NormLimits(*(tuple(np.quantile(store.norms(which)[:, at], 0.95, 0).tolist()) for which, at in wired))
+    rules = token_rules(store, wiring.sources, wiring.targets, TokensConfig(), limits)
+    scales = normalisation_of(store, wiring.sources, wiring.targets, rules)
+    clt = CLT(wiring, ModelConfig(F, k=K), scales, jax.random.key(1))
     rng = np.random.default_rng(0)
-    clt.W_dec[...] = 0.1 * rng.normal(size=clt.W_dec[...].shape).astype(np.float32)
+    for W in clt.W_dec.values():
+        W[...] = 0.1 * rng.normal(size=W[...].shape).astype(np.float32)
     clt.b_dec[...] = 0.1 * rng.normal(size=clt.b_dec[...].shape).astype(np.float32)
-    clt.b_enc[...] = np.where(np.arange(F) % 5 == 2, -9, -0.1) * np.ones_like(clt.b_enc[...])  # every fifth is dead
-    found = summary(measure(clt, split_batches(store, wiring, "test", 37)), clt)
-    ((batch, modality),) = split_batches(store, wiring, "test", 10**6)
-    return store, clt, found, batch, modality
+    # Every fifth is dead.
+    clt.b_enc[...] = np.where(np.arange(F) % 5 == 2, -9, -0.7) * np.ones_like(clt.b_enc[...])
+    batches = split_batches(store, wiring.sources, wiring.targets, rules.group, "test", 37)
+    found = summary(measure(clt, batches, rules.used_groups), wiring.sources, wiring.targets, rules.used_groups)
+    ((batch, group),) = split_batches(store, wiring.sources, wiring.targets, rules.group, "test", 10**6)
+    assert set(group) == {0, 1, 2, 3}
+    return scales, clt, found, batch, group
 
 
 def test_fvu_and_slope_by_group(measured):
-    store, clt, found, batch, modality = measured
-    assert len(modality) % 37 != 0 and found["rows"] == len(modality)
+    scales, clt, found, batch, group = measured
+    assert len(group) % 37 != 0 and found["rows"] == np.isin(group, USED).sum() < len(group)
     y, y_hat = batch.y.astype(np.float64), np.asarray(clt(batch.x), np.float64)
-    mean = store.stats().mlp_out.mean[store.axis_of(clt.wiring.targets)]  # of the train rows
     for t, target in enumerate(clt.wiring.targets):
-        for name, member in {"all": modality >= 0, **{g: modality == m for g, m in GROUPS.items()}}.items():
-            a, b, c = y[member, t], y_hat[member, t], mean[t]
+        members = {"all": np.isin(group, USED), **{name: group == m for name, m in GROUPS.items()}}
+        assert found["targets"][str(target)].keys() == members.keys()
+        for name, member in members.items():
+            a, b, c = y[member, t], y_hat[member, t], scales.out_mean[t]
             got = found["targets"][str(target)][name]
             assert got["rows"] == member.sum()
             assert got["fvu"] == pytest.approx(np.square(a - b).sum() / np.square(a - c).sum(), rel=1e-4)
@@ -47,19 +58,72 @@ def test_fvu_and_slope_by_group(measured):
     assert found["fvu"]["image"] == pytest.approx(np.mean([by["image"]["fvu"] for by in found["targets"].values()]))
 
 
-def test_l0_and_dead(measured):
-    _, clt, found, batch, modality = measured
+def test_l0_and_dead_are_over_used_rows(measured):
+    _, clt, found, batch, group = measured
     values, indices = (np.asarray(part) for part in clt.encode(batch.x))
+    used = np.isin(group, USED)
     for s, source in enumerate(clt.wiring.sources):
         active = values[s] > 0
         by = found["sources"][str(source)]
-        assert by["l0"] == pytest.approx(active.sum(-1).mean())
+        assert by["l0"] == pytest.approx(active[used].sum(-1).mean())
         assert 0 < by["l0"] < K
         for name, m in GROUPS.items():
-            assert by["l0_by_modality"][name] == pytest.approx(active[modality == m].sum(-1).mean())
-        fired = np.unique(indices[s][active])
-        assert by["dead"] == pytest.approx(1 - len(fired) / F) and by["dead"] >= 4 / F
-        assert sum(by["density"]["counts"]) == len(fired)
+            assert by["l0_by_group"][name] == pytest.approx(active[group == m].sum(-1).mean())
+        fired = np.bincount(indices[s][used][active[used]], minlength=F)
+        assert by["dead"] == pytest.approx((fired == 0).mean()) and by["dead"] >= 4 / F
+        rates = np.log10(fired[fired > 0] / used.sum())
+        assert by["density"]["counts"] == np.histogram(rates, 70, (-7, 0))[0].tolist()
+    counts = {name: int((group == m).sum()) for name, m in GROUPS.items()}
+    assert found["rows_by_group"] == {name: counts[name] for name in ("text", "image")}
+    assert found["left_out"] == {name: counts[name] for name in ("special", "outlier")}
+
+
+def random_sums(seed: int, n: int = 503) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """y, y_hat [n, 3, 5] and groups [n]; rows of the outlier group are 1e5 times as large."""
+    rng = np.random.default_rng(seed)
+    y, y_hat = (rng.normal(size=(n, 3, 5)).astype(np.float32) for _ in range(2))
+    group = rng.integers(0, 4, n).astype(np.uint8)
+    y[group == 3] *= 1e5
+    return y, y_hat, group
+
+
+@pytest.mark.parametrize("used", [(0, 1), (0, 1, 2), (1,), (0, 1, 2, 3)])
+def test_all_is_the_groups_that_are_trained_on(used: tuple[int, ...]):
+    y, y_hat, group = random_sums(1)
+    fit = Fit()
+    for part in (slice(0, 123), slice(123, 503)):
+        fit.add(fit_sums(y[part], y_hat[part], membership_of(group[part])))
+    figures = fit.figures((2, 5, 7), used)
+    chosen = np.isin(group, used)
+    for t, by in enumerate(figures.values()):
+        a, b = y[chosen, t].astype(np.float64), y_hat[chosen, t].astype(np.float64)
+        assert by["all"]["rows"] == chosen.sum()
+        assert by["all"]["fvu"] == pytest.approx(np.square(a - b).sum() / np.square(a).sum(), rel=1e-5)
+        # Outliers that are left out are a million times too large to hide in the others' sums.
+        assert (by["all"]["fvu"] > 1.5) == (3 not in used) and by["outlier"]["rows"] == (group == 3).sum()
+    assert list(figures) == ["2", "5", "7"]
+
+
+def test_summary_counts_used_rows_only():
+    """Two sources of four features; what fires, and how much is active, by hand."""
+    y, y_hat, group = random_sums(2, 11)
+    group[:] = [0, 0, 0, 1, 1, 1, 1, 2, 2, 3, 3]
+    found = Measured()
+    found.fit.add(fit_sums(y, y_hat, membership_of(group)))
+    fired = np.array([[7, 1, 0, 0], [0, 0, 0, 2]])
+    active = np.array([[6, 1], [2, 1], [40, 50], [60, 70]])
+    found.firing.add(fired, active, [3, 4, 2, 2])
+    by = summary(found, (0, 4), (1, 2, 3), (0, 1))
+    assert by["rows"] == 7 and by["rows_by_group"] == {"text": 3, "image": 4}
+    assert by["left_out"] == {"special": 2, "outlier": 2}
+    assert [one["l0"] for one in by["sources"].values()] == [pytest.approx(8 / 7), pytest.approx(2 / 7)]
+    assert [one["dead"] for one in by["sources"].values()] == [0.5, 0.75] and by["dead"] == 0.625
+    assert by["sources"]["4"]["l0_by_group"]["special"] == 25 and by["l0"] == pytest.approx(5 / 7)
+    counts = np.array(by["sources"]["0"]["density"]["counts"])
+    assert np.flatnonzero(counts).tolist() == [61, 69]  # 1/7 and 7/7 of the rows: bins of a tenth of a decade
+    all_used = summary(found, (0, 4), (1, 2, 3), (0, 1, 2, 3))
+    assert all_used["rows"] == 11 and all_used["left_out"] == {}
+    assert all_used["sources"]["0"]["l0"] == pytest.approx(108 / 11)
 
 
 def test_fvu_is_not_clamped_and_slope_shows_overcounting():
@@ -72,12 +136,15 @@ def test_fvu_is_not_clamped_and_slope_shows_overcounting():
         fit = Fit()
         for part in (slice(0, 123), slice(123, 500)):
             fit.add(fit_sums(y[part], y_hat[part], membership[:, part]))
-        figures.append(fit.figures((4,))["4"]["all"])
+        figures.append(fit.figures((4,), (0, 1, 2))["4"]["all"])
     assert figures[0]["fvu"] == pytest.approx(4, rel=1e-5) and figures[0]["slope"] == pytest.approx(1 / 3, rel=1e-5)
     assert figures[1]["fvu"] > 1 and figures[1]["slope"] is None
 
 
-def test_a_group_without_rows_is_left_out(tmp_path: Path, measured):
-    _, clt, _, batch, _ = measured
-    found = summary(measure(clt, [(batch, np.zeros(len(batch.x), np.uint8))]), clt)
-    assert set(found["fvu"]) == {"all", "text"} and found["fvu"]["all"] == found["fvu"]["text"]
+def test_a_group_without_rows_is_left_out():
+    y, y_hat, group = random_sums(4)
+    fit = Fit()
+    fit.add(fit_sums(y, y_hat, membership_of(np.zeros_like(group))))
+    by = fit.figures((1, 2, 3), USED)["1"]
+    assert by.keys() == {"all", "text"} and by["all"] == by["text"]
+    assert fit.figures((1, 2, 3), (1, 2))["1"].keys() == {"text"}  # none of the rows is trained on

@@ -6,29 +6,45 @@ import numpy as np
 import pytest
 from stores import synthetic_store
 
-from cltjax.batches import split_batches
+from cltjax.batches import Batch, split_batches
+from cltjax.config import TokensConfig
 from cltjax.errors import UserError
 from cltjax.normalisation import normalisation_of
 from cltjax.ridge import PENALTIES, fit_ridge, measure_ridge, normalise, sum_moments
+from cltjax.tokens import token_rules
 from cltjax.wiring import wire
 
 
-def split_arrays(store, wiring, split, scales):
-    x, y = zip(*(normalise(batch, scales) for batch, _ in split_batches(store, wiring, split)), strict=True)
-    return np.concatenate(x).astype(np.float64), np.concatenate(y).astype(np.float64)
+def batches_of(store, wiring, rules, split, size=2048):
+    return split_batches(store, wiring.sources, wiring.targets, rules.group, split, size)
 
 
+def split_arrays(store, wiring, rules, split, scales):
+    """The used rows of a split, normalised, float64."""
+    rows = rules.rows(split)
+    batch = Batch(store.read("site", rows, wiring.sources), store.read("mlp_out", rows, wiring.targets))
+    return (part.astype(np.float64) for part in normalise(batch, scales))
+
+
+@pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("layers", ["0", "all"])
-def test_ridge_is_the_best_penalised_linear_map(tmp_path: Path, layers: str):
+def test_ridge_is_the_best_penalised_linear_map(tmp_path: Path, layers: str, special: bool):
+    """Of the rows that are trained on: special tokens change the solution, if they are among them."""
     store = synthetic_store(tmp_path / "s", rows=1511, layers=3, d=7)
     wiring = wire(layers, 3, 1, 16)
-    scales = normalisation_of(store, wiring)
-    train, val = (sum_moments(split_batches(store, wiring, split, 101), scales) for split in ("train", "val"))
+    rules = token_rules(store, wiring.sources, wiring.targets, TokensConfig(special=special))
+    scales = normalisation_of(store, wiring.sources, wiring.targets, rules)
+    train, val = (
+        sum_moments(batches_of(store, wiring, rules, split, 101), scales, rules.used_groups)
+        for split in ("train", "val")
+    )
+    assert train.rows == len(rules.rows("train")) and (train.rows < len(store.rows_of("train"))) != special
     ridge = fit_ridge(wiring, train, val)
-    x, y = split_arrays(store, wiring, "train", scales)
-    x_val, y_val = split_arrays(store, wiring, "val", scales)
-    x_test, y_test = split_arrays(store, wiring, "test", scales)
-    fit = measure_ridge(ridge, split_batches(store, wiring, "test", 101), scales).figures(wiring.targets)
+    x, y = split_arrays(store, wiring, rules, "train", scales)
+    x_val, y_val = split_arrays(store, wiring, rules, "val", scales)
+    x_test, y_test = split_arrays(store, wiring, rules, "test", scales)
+    fit = measure_ridge(ridge, batches_of(store, wiring, rules, "test", 101), scales)
+    fit = fit.figures(wiring.targets, rules.used_groups)
     for t, target in enumerate(wiring.targets):
         inputs = [s for s, source in enumerate(wiring.sources) if (source, target) in wiring.pairs]
         a, a_val, a_test = (part[:, inputs].reshape(len(part), -1) for part in (x, x_val, x_test))
@@ -49,7 +65,10 @@ def test_ridge_is_the_best_penalised_linear_map(tmp_path: Path, layers: str):
 def test_no_val_rows(tmp_path: Path):
     store = synthetic_store(tmp_path / "s", rows=300, layers=2, d=3, splits=("train", "test"))
     wiring = wire("0", 2, 1, 1)
-    scales = normalisation_of(store, wiring)
-    train, val = (sum_moments(split_batches(store, wiring, split), scales) for split in ("train", "val"))
+    rules = token_rules(store, wiring.sources, wiring.targets, TokensConfig())
+    scales = normalisation_of(store, wiring.sources, wiring.targets, rules)
+    train, val = (
+        sum_moments(batches_of(store, wiring, rules, split), scales, rules.used_groups) for split in ("train", "val")
+    )
     with pytest.raises(UserError, match="no val rows"):
         fit_ridge(wiring, train, val)

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from stores import synthetic_store
 
-from cltjax.checkpoint import Checkpoints, on_device, read_lines
-from cltjax.config import DataConfig, EvaluateConfig, LogConfig, ModelConfig, TrainConfig
+from cltjax.checkpoint import Checkpoints, read_lines
+from cltjax.config import DataConfig, EvaluateConfig, LogConfig, ModelConfig, TrainConfig, from_json
+from cltjax.distributed import make_mesh
 from cltjax.errors import UserError
 from cltjax.evaluation import evaluate, train_and_measure
 from cltjax.normalisation import blank
-from cltjax.step import initial_state, schedule
+from cltjax.step import abstract_state, schedule
 from cltjax.store import ActivationStore
 from cltjax.training import train
 from cltjax.wiring import wire
@@ -37,6 +38,7 @@ def small(held: ActivationStore, out: Path, **options) -> TrainConfig:
         "steps": 6,
         "batch_size": 31,
         "warmup": 2,
+        "lr": 4e-3,
         "model": ModelConfig(features=29, k=3),
         "data": DataConfig(page_rows=7, buffer_mib=1),
         "log": LogConfig(every=2, checkpoint_every=3),
@@ -46,11 +48,9 @@ def small(held: ActivationStore, out: Path, **options) -> TrainConfig:
 
 def checkpoint(run: Path, step: int) -> list[bytes]:
     """Every array of a checkpoint."""
-    config = json.loads((run / "config.json").read_text())
-    model, given = config["config"]["model"], config["config"]
-    wiring = wire(given["layer"], LAYERS, given["offset"], given["n_targets"])
-    shape = TrainConfig("0", model=ModelConfig(**model))
-    like = on_device(jax.eval_shape(lambda: initial_state(shape, wiring, blank(wiring, D))))
+    config = from_json(json.loads((run / "config.json").read_text())["config"])
+    wiring = wire(config.layer, LAYERS, config.offset, config.n_targets)
+    like = abstract_state(config, wiring, blank(wiring, D), make_mesh("1x1"))
     checkpoints = Checkpoints(run)
     assert checkpoints.last() == step
     state, _ = checkpoints.restore(step, like)
@@ -138,7 +138,7 @@ def test_it_learns_more_than_ridge_and_says_so(store: ActivationStore, tmp_path:
     assert json.loads((run / "metrics.json").read_text())["fvu"] == figures["fvu"]
     source = json.loads((run / "metrics_L0.json").read_text())
     assert source["l0"] <= 6 and source["settings"]["k"] == 6 and 0 <= source["dead"] < 1
-    for plot in ("loss", "fvu"):
+    for plot in ("loss", "fvu", "features", "density"):
         assert (run / "plots" / f"{plot}.png").stat().st_size > 10_000
     records = read_lines(run / "metrics.jsonl")
     assert records[-1]["fvu"] < records[0]["fvu"] and records[-1]["lr"] < 1e-2 / 100
@@ -158,7 +158,7 @@ def test_silent_tokens_are_counted(store: ActivationStore, tmp_path: Path):
     train(small(store, run, layer="0", lr=1e-9))  # weights that stand still, more features than are ever active
     config = small(store, run, layer="0")
     wiring = wire("0", LAYERS, 1, 16)
-    like = on_device(jax.eval_shape(lambda: initial_state(config, wiring, blank(wiring, D))))
+    like = abstract_state(config, wiring, blank(wiring, D), make_mesh("1x1"))
     checkpoints = Checkpoints(run)
     state, _ = checkpoints.restore(6, like)
     checkpoints.close()

@@ -26,8 +26,8 @@ STEPS = (
 )
 NEXT = """
 What to try next, after `source .venv/bin/activate`
-  python train.py --layer all --store demo/activations --out demo/runs/all      every layer, trained jointly
-  python train.py --layer 2 --model.k 4 --store demo/activations --out demo/runs/L2-k4
+  python train.py --config configs/demo_joint.py --store demo/activations --out demo/runs/all      every layer, jointly
+  python train.py --config configs/demo.py --layer 2 --model.k 4 --store demo/activations --out demo/runs/L2-k4
   python capture/run.py --model YOUR_MODEL --dataset YOUR_QUESTIONS.json --image-dir YOUR_IMAGES --out activations
 """
 

@@ -1,0 +1,39 @@
+"""Qwen2.5-VL-7B, all layers together, each writing to its own and the next fifteen. Four GPUs with 80 GB each.
+
+    python capture/run.py --model Qwen/Qwen2.5-VL-7B-Instruct --dataset questions.json --image-dir images \
+        --generate 64 --image-tokens 0.25
+    python train.py --config configs/qwen2_5_vl_7b.py --store activations
+    python evaluate.py --clt runs/L0-27 --store activations
+
+No such run has been made yet. What it needs, computed; where disks are slower than the store's rate, they set the time:
+
+    cltjax estimate --config configs/qwen2_5_vl_7b.py
+    model       sources 0-27 -> targets 0-27, F=8192, 16 slots
+    parameters  10,452,535,296: encoder 822,083,584, decoder 9,630,121,984, biases 329,728
+    memory      55.6 GiB on each of 1x4 devices
+    a token     1.8 GFLOP, 392.0 KiB from the store
+    a step      4,096 tokens: at least 51.5 ms, 129.7 ms without a cache
+    the run     20,000 steps, 81,920,000 tokens: at least 17.2 min, 43.2 min without a cache
+    the store   29.9 TiB read, 31.93 GB/s at 79,549 tokens/s; 373.8 GiB per million rows
+    checkpoint  116.8 GiB; the last and the best are kept
+    assumed     400.0 TFLOP/s and 3.0 TB/s of memory a device, 450.0 GB/s between devices
+"""
+
+from cltjax.config import DataConfig, LogConfig, ModelConfig, TokensConfig, TrainConfig
+from cltjax.estimate import ModelShape
+
+model_shape = ModelShape(n_layers=28, d_model=3584)
+config = TrainConfig(
+    layer="all",
+    offset=0,
+    n_targets=16,
+    batch_size=4096,
+    steps=20_000,
+    warmup=1000,
+    dtype="bfloat16",
+    mesh="1x4",
+    model=ModelConfig(features=8192, k=16),
+    tokens=TokensConfig(image_share=0.5),
+    data=DataConfig(buffer_mib=32768),
+    log=LogConfig(checkpoint_every=2000, val_rows=4096),
+)

@@ -1,0 +1,311 @@
+"""The training step on one device against the dense float64 reference, and what surrounds the gradients."""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import dense
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.extend.core import jaxprs_in_params
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from cltjax.config import ModelConfig, SparsityConfig, TrainConfig
+from cltjax.normalisation import Normalisation
+from cltjax.step import (
+    Frozen,
+    TrainState,
+    graph_of,
+    initial_state,
+    make_gradients,
+    make_optimiser,
+    make_step,
+    schedule,
+    shardings,
+)
+from cltjax.wiring import Wiring, wire
+
+B, D, F, STEP = 15, 7, 29, 3
+RULES = ("topk", "topk_joint", "batchtopk", "jumprelu", "relu")
+ALIVE, DEAD = 0, 10**6  # tokens of silence
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile
+
+
+class Case(NamedTuple):
+    config: TrainConfig
+    wiring: Wiring
+    scales: Normalisation
+    parameters: dict[str, Any]
+    state: TrainState  # of numpy arrays
+    x: np.ndarray  # raw [B, S, D], and then what only given runs read
+    y: np.ndarray  # raw [B, T, D]
+
+    @property
+    def graph(self) -> nnx.GraphDef:
+        return graph_of(self.config, self.wiring, self.scales)
+
+    def normal(self) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets normalised, in float64."""
+        x = self.x[:, : len(self.wiring.sources)].astype(np.float64)
+        scales = self.scales
+        return (
+            (x - scales.in_mean) / scales.in_std[:, None],
+            (self.y.astype(np.float64) - scales.out_mean) / scales.out_std[:, None],
+        )
+
+
+def settings(activation: str, features: int = F, batch: int = B, **changes: Any) -> TrainConfig:
+    """A configuration with everything a little out of the ordinary; `sparsity` and `model` are joined with it."""
+    model = {"features": features, "activation": activation, "k": 3, "slots": None} | changes.pop("model", {})
+    sparsity = {"penalty": 0.1, "ramp": 0.5, "bandwidth": 0.8, "anneal": 0.0} | changes.pop("sparsity", {})
+    return TrainConfig(
+        "all",
+        steps=20,
+        batch_size=batch,
+        model=ModelConfig(**model),
+        sparsity=SparsityConfig(**sparsity),
+        **{"warmup": 2, "lr": 1e-3, "clip": 1e6} | changes,
+    )
+
+
+def arrays_of(shapes: Any, found: dict[str, Any]) -> Any:
+    """A state of the given shapes with arrays by name."""
+
+    def pick(path: tuple, leaf: Any) -> np.ndarray:
+        names = [str(getattr(entry, "key", getattr(entry, "name", None))) for entry in path]
+        array = found[names[0]][names[1]] if names[0] == "W_dec" else found[names[0]]
+        assert array.shape == leaf.shape, names
+        return np.asarray(array, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(pick, shapes)
+
+
+def case(config: TrainConfig, wiring: Wiring, seed: int = 0, extra: int = 0) -> Case:
+    """Random weights, tokens and scales; a third of the features is dead. `extra` inputs are for given runs."""
+    rng = np.random.default_rng(seed)
+    S, T, N = len(wiring.sources), len(wiring.targets), config.model.features
+
+    def normal(*shape: int, scale: float = 1.0) -> np.ndarray:
+        return rng.normal(0, scale, shape).astype(np.float32)
+
+    def positive(*shape: int) -> np.ndarray:
+        return rng.uniform(0.5, 3, shape).astype(np.float32)
+
+    scales = Normalisation(normal(S, D), positive(S), normal(T, D), positive(T))
+    parameters = {
+        "W_enc": normal(S, N, D, scale=0.5),
+        "b_enc": normal(S, N, scale=0.3),
+        "W_dec": {str(s): normal(N, len(wiring.targets_of(s)), D, scale=0.3) for s in wiring.sources},
+        "b_dec": normal(T, D),
+    }
+    if config.model.activation == "jumprelu":
+        parameters["log_threshold"] = np.log(rng.uniform(0.2, 0.9, (S, N))).astype(np.float32)
+    shapes = jax.eval_shape(lambda: initial_state(config, wiring, scales))
+    silent = np.where(rng.random((S, N)) < 1 / 3, DEAD, ALIVE).astype(np.int32)
+    state = TrainState(
+        arrays_of(shapes.parameters, parameters),
+        arrays_of(shapes.constants, vars(scales) | {"cut": np.zeros(S)}),
+        jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes.optimiser),
+        silent,  # type: ignore[arg-type]
+        np.zeros((S, N), np.float32),  # type: ignore[arg-type]
+        np.array(STEP, np.int32),  # type: ignore[arg-type]
+    )
+    x = normal(config.batch_size, S + extra, D)
+    x[:, :S] = x[:, :S] * scales.in_std[:, None] + scales.in_mean
+    y = normal(config.batch_size, T, D) * scales.out_std[:, None] + scales.out_mean
+    return Case(config, wiring, scales, parameters, state, x, y)
+
+
+def mesh_of(data: int, model: int) -> Mesh:
+    devices = jax.devices()[: data * model]
+    return jax.make_mesh((data, model), ("data", "model"), devices=devices, axis_types=(AxisType.Auto,) * 2)
+
+
+def arguments(of: Case, mesh: Mesh, frozen: tuple = ()) -> tuple:
+    """What a step takes, on the mesh."""
+    batches = [
+        jax.device_put(one.reshape(of.config.microbatches, -1, *one.shape[1:]), NamedSharding(mesh, P(None, "data")))
+        for one in (of.x, of.y)
+    ]
+    held = jax.device_put(frozen, shardings(frozen, mesh))
+    return jax.device_put(of.state, shardings(of.state, mesh)), *batches, held
+
+
+def compiled(function: Any, *inputs: Any) -> Any:
+    """Compiled quickly and not well."""
+    return jax.jit(function).lower(*inputs).compile(compiler_options=FAST)
+
+
+def gradients_of(of: Case, frozen: tuple[Frozen, ...] = (), held: tuple = (), annealing: bool = False):
+    """Gradients by name, figures and tokens by feature, on one device."""
+    mesh = mesh_of(1, 1)
+    inputs = arguments(of, mesh, held)
+    made = make_gradients(of.config, of.graph, mesh, frozen, annealing)
+    gradients, figures, fired = compiled(made, *inputs)(*inputs)
+    return nnx.to_pure_dict(gradients), figures, np.asarray(fired)
+
+
+def close(found: Any, expected: Any, bound: float = 1e-5) -> None:
+    """The project's measure for every tensor: max|a-b| <= 1e-5 max|b|."""
+
+    def one(path: tuple, a: Any, b: Any) -> None:
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert a.shape == b.shape, path
+        error, size = (np.abs(c).max() if c.size else 0.0 for c in (a - b, b))
+        assert error <= bound * size, f"{jax.tree_util.keystr(path)}: {error:.2e} of {size:.2e}"
+
+    jax.tree_util.tree_map_with_path(one, found, expected)
+
+
+def equals_dense(of: Case, found: tuple, given: tuple = ()) -> None:
+    gradients, figures, fired = found
+    x, y = of.normal()
+    expected = dense.loss_and_gradients(
+        of.parameters, x, y, of.state.silent, int(of.state.step), of.config, of.wiring, given
+    )
+    assert min(np.abs(leaf).max() for leaf in jax.tree.leaves(expected.gradients)) > 1e-4
+    assert float(figures["loss"]) == pytest.approx(expected.loss, rel=1e-5)
+    close(figures["error"], expected.parts["reconstruction"])
+    close(gradients, expected.gradients)
+    assert (fired == (expected.parts["codes"] > 0).sum(1)).all()
+
+
+WIRINGS = {
+    "offset 0": wire("all", 3, 0, 16),
+    "offset 1, window 2": wire("all", 4, 1, 2),
+    "one source": wire("1", 4, 1, 16),
+    "per layer": wire("all", 3, 0, 1),
+}
+
+
+@pytest.mark.parametrize("activation", RULES)
+@pytest.mark.parametrize("name", WIRINGS)
+def test_gradients_equal_the_dense_reference(activation: str, name: str):
+    wiring = WIRINGS[name]
+    weights = tuple(0.5 + 0.75 * t for t in range(len(wiring.targets)))
+    ks = tuple(2 + s for s in range(len(wiring.sources)))
+    # In turn with nothing else, with revive, with AuxK, and with both over microbatches.
+    turn = (RULES.index(activation) + list(WIRINGS).index(name)) % 4
+    sparsity = {"revive": 0.3 * (turn in (1, 3)), "auxk": 0.2 * (turn in (2, 3)), "auxk_features": 4}
+    config = settings(
+        activation, target_weights=weights, model={"k": ks}, sparsity=sparsity, microbatches=3 if turn == 3 else 1
+    )
+    of = case(config, wiring)
+    equals_dense(of, gradients_of(of))
+
+
+@pytest.mark.parametrize("activation", ["topk_joint", "jumprelu", "relu"])
+def test_few_slots(activation: str):
+    """More features are above the cut than there is room for: the highest ranks win."""
+    of = case(settings(activation, model={"slots": 4}), wire("0-1", 3, 0, 16), seed=1)
+    found = gradients_of(of)
+    equals_dense(of, found)
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+def test_annealed_k(activation: str):
+    sparsity = {"k_start": 4.0, "anneal": 0.5, "revive": 0.3, "auxk": 0.2}
+    of = case(settings(activation, sparsity=sparsity), wire("0-1", 3, 0, 16), seed=2)
+    found = gradients_of(of, annealing=True)
+    equals_dense(of, found)
+    assert found[2].sum() > 1.5 * 2 * 3 * B  # far more than k are active
+
+
+def given_run(activation: str) -> tuple[Case, Case, tuple[Frozen, ...], tuple, tuple]:
+    """A run on sources 1 and 2, an earlier one on 0 and 1 in other units, the latter for the step and the reference."""
+    ours = case(settings(activation), wire("1-2", 3, 0, 16), seed=3, extra=1)
+    theirs = case(settings("topk", features=23), wire("0-1", 3, 0, 16), seed=4)
+    # Inputs: our layers 1 and 2, and then layer 0; targets: theirs are 0, 1, 2 and ours 1, 2.
+    frozen = (Frozen(theirs.graph, (2, 0), ((1, 0), (2, 1))),)
+    held = (nnx.merge_state(theirs.state.parameters, theirs.state.constants),)
+    x = (ours.x[:, [2, 0]].astype(np.float64) - theirs.scales.in_mean) / theirs.scales.in_std[:, None]
+    in_ours = np.ones((3, 1))
+    in_ours[1:, 0] = theirs.scales.out_std[1:].astype(np.float64) / ours.scales.out_std
+    parameters = theirs.parameters | {
+        "W_dec": {"0": theirs.parameters["W_dec"]["0"] * in_ours, "1": theirs.parameters["W_dec"]["1"] * in_ours[1:]},
+        "b_dec": theirs.parameters["b_dec"] * in_ours,
+    }
+    return ours, theirs, frozen, held, (dense.Given(parameters, theirs.wiring, dense.Rule("topk", (3, 3), 3), x),)
+
+
+@pytest.mark.parametrize("activation", ["topk", "jumprelu"])
+def test_given_runs(activation: str):
+    """What an earlier run predicts is left aside, though its units differ and it reads a layer that ours does not."""
+    ours, _, frozen, held, given = given_run(activation)
+    equals_dense(ours, gradients_of(ours, frozen, held), given)
+
+
+def test_one_step():
+    """Counters, clipping by the global norm and the optimiser, from one step and the dense gradients."""
+    config = settings("topk", clip=0.5, weight_decay=0.1, sparsity={"revive": 0.3}, microbatches=3)
+    of = case(config, wire("0-1", 3, 0, 16))
+    of = of._replace(state=of.state._replace(step=np.array(0, np.int32)))  # type: ignore[arg-type]
+    x, y = of.normal()
+    expected = dense.loss_and_gradients(of.parameters, x, y, of.state.silent, 0, config, of.wiring)
+    inputs = arguments(of, mesh_of(1, 1))
+    made = make_step(config, of.graph, mesh_of(1, 1))
+    after, figures = made.lower(*inputs).compile(compiler_options=FAST)(*inputs)  # type: ignore[attr-defined]
+
+    fired = (expected.parts["codes"] > 0).sum(1)
+    assert (np.asarray(after.silent) == np.where(fired > 0, 0, of.state.silent + B)).all()
+    np.testing.assert_allclose(after.density, fired / B, rtol=1e-6)
+    assert int(after.step) == 1
+    norm = np.sqrt(sum(np.sum(leaf**2) for leaf in jax.tree.leaves(expected.gradients)))
+    assert norm > 0.5 and float(figures["grad_norm"]) == pytest.approx(norm, rel=1e-5)
+    clipped = jax.tree.map(lambda leaf: leaf * (0.5 / norm), expected.gradients)  # one factor for all
+    close(nnx.to_pure_dict(optax.tree.get(after.optimiser, "mu")), jax.tree.map(lambda leaf: 0.1 * leaf, clipped))
+    rate = 1e-3 / 3  # the first of 2 steps of warm-up
+    assert float(figures["lr"]) == pytest.approx(rate)
+
+    def adamw(old: np.ndarray, g: np.ndarray) -> np.ndarray:
+        return old - rate * (g / (np.abs(g) + 1e-8) + 0.1 * old)
+
+    close(nnx.to_pure_dict(after.parameters), jax.tree.map(adamw, of.parameters, clipped))
+
+
+def test_schedule():
+    config = replace(settings("topk"), steps=100, warmup=9, decay=0.2, lr=2.0)
+    rate = schedule(config)
+    steps = (0, 4, 9, 10, 80, 90, 99, 100)
+    assert [float(rate(step)) for step in steps] == pytest.approx([0.2, 1.0, 2, 2, 2, 1, 0.1, 0])
+    assert float(schedule(replace(config, decay=0.0))(99)) == 2
+    assert make_optimiser(config)
+
+
+def test_bfloat16_is_close_to_float32():
+    """Products of rounded factors: some features are chosen differently, most are not."""
+    wiring = wire("0-1", 3, 0, 16)
+    exact, rounded = (
+        gradients_of(case(settings("relu", dtype=dtype, model={"slots": F}), wiring))
+        for dtype in ("float32", "bfloat16")
+    )
+    assert float(rounded[1]["loss"]) == pytest.approx(float(exact[1]["loss"]), rel=0.02)
+    assert float(rounded[1]["loss"]) != float(exact[1]["loss"])
+    for a, b in zip(jax.tree.leaves(rounded[0]), jax.tree.leaves(exact[0]), strict=True):
+        assert np.asarray(a).dtype == np.float32
+        assert np.linalg.norm(a - b) < 0.05 * np.linalg.norm(b)
+
+
+def products(jaxpr: Any) -> list[tuple[int, ...]]:
+    """The shapes that matrix products in a program give, those in its inner programs included."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            found.append(equation.outvars[0].aval.shape)
+        found += [shape for inner in jaxprs_in_params(equation.params) for shape in products(inner)]
+    return found
+
+
+@pytest.mark.parametrize("activation", RULES)
+@pytest.mark.parametrize("revive", [0.0, 0.3])
+def test_the_encoder_has_a_dense_backward_pass_only_to_revive(activation: str, revive: float):
+    wiring = wire("0-1", 3, 0, 16)
+    of = case(settings(activation, sparsity={"revive": revive, "auxk": 0.1}), wiring)
+    inputs = arguments(of, mesh_of(1, 1))
+    program = jax.make_jaxpr(make_gradients(of.config, of.graph, mesh_of(1, 1)))(*inputs)
+    large = sorted(tuple(sorted(shape)) for shape in products(program.jaxpr) if np.prod(shape) > B)
+    forward, backward = tuple(sorted((2, B, F))), tuple(sorted((2, F, D)))
+    assert large == sorted([forward] + [backward] * (revive > 0))
