@@ -81,8 +81,8 @@ def revival(clt: CLT, active: Active, dead: jax.Array, axes: Axes) -> jax.Array:
         threshold = jax.lax.stop_gradient(clt.thresholds())[:, None] if clt.activation == "jumprelu" else 0.0
         short = (threshold - active.pre) * norms
     if clt.activation in K_RULES:
-        # The feature at the cut is not short of it, but a multiplication fused with a subtraction leaves a rounding error
-        # there, which would have the gradient of a real shortfall.
+        # The feature at the cut is not short of it, but a multiplication fused with a subtraction leaves a rounding
+        # error there, which would have the gradient of a real shortfall.
         short = jnp.where(active.rank < active.cut, short, 0)
     return total(jnp.sum(jnp.where(dead[:, None], jax.nn.relu(short), 0)), axes.model)
 

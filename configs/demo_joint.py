@@ -1,10 +1,12 @@
 """All layers of the bundled demo VLM, jointly: every source writes to its own layer and all later ones.
 
-    python capture/run.py --model examples/shapes/model
+    python capture/run.py --model examples/shapes/model --max-samples 19000
     python train.py --config configs/demo_joint.py
     python evaluate.py --clt runs/L0-5 --store activations
 
-RESULT
+1,331,200 tokens, three to five minutes on two cores. On 105,107 test rows, FVU of targets 0 to 5: .0034, .0077, .0127,
+.0174, .0320, .0275; mean .0168 (text .028, image .012); slopes 1.000 to 1.001; L0 15.5 a source; 5.4 % dead.
+With --sparsity.revive 3e-3: mean FVU .0183, 4.4 % dead.
 """
 
 from cltjax.config import ModelConfig, SparsityConfig, TrainConfig
@@ -16,5 +18,5 @@ config = TrainConfig(
     batch_size=512,
     lr=4e-3,
     model=ModelConfig(features=1024, k=16),
-    sparsity=SparsityConfig(revive=3e-3),
+    sparsity=SparsityConfig(revive=1e-3),
 )

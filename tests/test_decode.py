@@ -1,16 +1,20 @@
 """Sparse decoding and picking against their dense twins: the value and every gradient."""
 
+from typing import Any
+
 import dense
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cltjax.decode import decode, decode_source
+import cltjax.decode
+from cltjax.decode import decode
 from cltjax.encode import pick, pre_activations
 from cltjax.wiring import wire
 
 B, D, F, K = 13, 7, 29, 5
+decode_source: Any = cltjax.decode.decode_source  # whose decorator hides its type
 
 
 def arguments(wiring, seed=0):
@@ -51,16 +55,16 @@ def test_decode_and_gradients_equal_the_dense_twin(layers, offset, n_targets):
 def test_one_feature_chosen_twice_adds_up():
     W_dec = jnp.arange(6.0).reshape(3, 1, 2)
     values, indices = jnp.array([[2.0, 3.0]]), jnp.array([[1, 1]])
-    assert decode_source(W_dec, values, indices).tolist() == [[[10.0, 15.0]]]
-    gradient = jax.grad(lambda W: decode_source(W, values, indices).sum())(W_dec)
+    assert jnp.asarray(decode_source(W_dec, values, indices)).tolist() == [[[10.0, 15.0]]]
+    gradient = jax.grad(lambda W: jnp.sum(jnp.asarray(decode_source(W, values, indices))))(W_dec)
     assert gradient[:, 0].tolist() == [[0, 0], [5, 5], [0, 0]]
 
 
 def test_an_index_past_the_end_is_no_feature():
     """It adds nothing, to the prediction or to a gradient: another device has that feature."""
     W_dec, values, indices = jnp.ones((3, 1, 2)), jnp.array([[2.0, 0.0]]), jnp.array([[1, 3]])
-    assert decode_source(W_dec, values, indices).tolist() == [[[2.0, 2.0]]]
-    gradient = jax.grad(lambda W: decode_source(W, values, indices).sum())(W_dec)
+    assert jnp.asarray(decode_source(W_dec, values, indices)).tolist() == [[[2.0, 2.0]]]
+    gradient = jax.grad(lambda W: jnp.sum(jnp.asarray(decode_source(W, values, indices))))(W_dec)
     assert gradient[:, 0].tolist() == [[0, 0], [2, 2], [0, 0]]
     W_enc, x = jnp.ones((1, 3, 2)), jnp.ones((1, 1, 2))
     pre = pre_activations(W_enc, jnp.zeros((1, 3)), x)
@@ -74,7 +78,7 @@ def test_picking_has_the_gradient_of_the_dense_encoder():
     wiring = wire("0-1", 3, 0, 16)
     _, weights, indices, _ = arguments(wiring)
     rng = np.random.default_rng(1)
-    W_enc, b_enc, x = (rng.normal(size=shape).astype(np.float32) for shape in ((2, F, D), (2, F), (B, 2, D)))
+    W_enc, b_enc, x = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, F, D), (2, F), (B, 2, D)))
 
     def sparse(W_enc, b_enc):
         pre = jax.lax.stop_gradient(pre_activations(W_enc, b_enc, x))

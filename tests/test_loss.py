@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_clt import B, D, model
+from test_clt import B, D, forward, model
 
 from cltjax.axes import ALONE
 from cltjax.config import ModelConfig, SparsityConfig, TrainConfig
@@ -17,8 +17,9 @@ def test_loss_in_raw_units():
     """In raw units: squared distance over D times the squared scale, of each token at each target."""
     clt, wiring, weights, x = model()
     y = np.random.default_rng(5).normal(2, 3, (B, len(wiring.targets), D)).astype(np.float32)
-    found = squared_errors(clt.decode(*clt.encode(x)), clt.normalise_targets(y))
-    expected = np.sum((y - np.asarray(clt(x), np.float64)) ** 2, -1) / (D * weights["out_std"] ** 2)
+    *_, normal, raw = forward(clt, x)
+    found = squared_errors(normal, clt.normalise_targets(y))
+    expected = np.sum((y - np.asarray(raw, np.float64)) ** 2, -1) / (D * weights["out_std"] ** 2)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
