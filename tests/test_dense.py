@@ -25,7 +25,7 @@ def settings(activation: str, k: Any = K, slots: int | None = None, **sparsity: 
         "all",
         n_targets=3,
         steps=100,
-        model=ModelConfig(F, activation, k, slots),  # pyright: ignore[reportArgumentType]
+        model=ModelConfig(F, k, activation, slots),  # pyright: ignore[reportArgumentType]
         sparsity=SparsityConfig(**{"anneal": 0.0, "ramp": 0.0, **sparsity}),
     )
 
