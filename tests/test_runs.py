@@ -106,7 +106,7 @@ def test_fine_tuning_starts_from_the_weights_of_another_run(store: ActivationSto
     for name in ("W_enc", "b_dec"):
         before, after = (np.asarray(getattr(load(tmp_path / run).clt, name)[...]) for run in ("first", "again"))
         np.testing.assert_allclose(after, before, atol=1e-7)
-    with pytest.raises(UserError, match="another shape: .*W_enc"):
+    with pytest.raises(UserError, match="another shape: .*W_dec"):
         train(small(store, tmp_path / "other", start_from=tmp_path / "first", model=ModelConfig(31, 3)))
 
 
