@@ -16,7 +16,7 @@ from cltjax.errors import UserError
 from cltjax.store_format import brief, differences
 
 # Fields in which two runs may differ and still be the same: where things lie, what computes, how it is looked at.
-NOT_THE_RUN = ("store", "out", "config", "log", "mesh", "processes")
+NOT_THE_RUN = ("store", "out", "config", "log", "mesh")
 
 Activation = Literal["topk", "topk_joint", "batchtopk", "jumprelu", "relu"]
 K_RULES = ("topk", "topk_joint", "batchtopk")  # the rules that `k` sets; the others are steered by a penalty
@@ -106,20 +106,6 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
-class ProcessesConfig:
-    """Several processes, each with its own devices, as one run. Start the same command once per process."""
-
-    auto: bool = False
-    """Let jax find the others: under SLURM, Open MPI, Kubernetes or on a TPU pod."""
-    coordinator: str | None = None
-    """host:port of process 0, where nothing starts the processes for us; with count and id."""
-    count: int | None = None
-    """Number of processes."""
-    id: int | None = None
-    """Number of this process, from 0."""
-
-
-@dataclass(frozen=True)
 class TrainConfig:
     """Train a cross-layer transcoder on an activation store."""
 
@@ -168,7 +154,6 @@ class TrainConfig:
     tokens: TokensConfig = field(default_factory=TokensConfig)
     data: DataConfig = field(default_factory=DataConfig)
     log: LogConfig = field(default_factory=LogConfig)
-    processes: ProcessesConfig = field(default_factory=ProcessesConfig)
 
     def check(self) -> None:
         """Raise UserError where values cannot go together."""

@@ -1,35 +1,12 @@
-"""Devices: the mesh that a run is split over, the processes that drive it, and how rows get onto it."""
+"""Devices: the mesh that a run is split over, and how rows get onto it."""
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cltjax.config import ProcessesConfig, parse_mesh
+from cltjax.config import parse_mesh
 from cltjax.errors import UserError
-
-
-def start(processes: ProcessesConfig) -> None:
-    """Find the other processes of this run, where there are any. To be called before anything else of jax."""
-    given = (processes.coordinator, processes.count, processes.id)
-    if processes.auto:
-        jax.distributed.initialize()
-    elif None not in given:
-        jax.distributed.initialize(processes.coordinator, processes.count, processes.id)
-    elif any(value is not None for value in given):
-        raise UserError("--processes.coordinator, --processes.count and --processes.id are needed together")
-
-
-def is_main() -> bool:
-    """Whether this process writes files and prints."""
-    return jax.process_index() == 0
-
-
-def wait_for_all(what: str) -> None:
-    """Until every process has come here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
 
 
 def make_mesh(text: str) -> Mesh:

@@ -34,11 +34,8 @@ class Trained:
 
     @property
     def family(self) -> "tuple[Trained, ...]":
-        """The runs that this one's predictions are added to: those it was given, and those they were given."""
-        found: dict[Path, Trained] = {}
-        for one in self.given:
-            found |= {earlier.run: earlier for earlier in (*one.family, one)}
-        return tuple(found.values())
+        """The runs that this one's predictions are added to."""
+        return with_their_given(self.given)
 
     @property
     def sources(self) -> tuple[int, ...]:
@@ -69,8 +66,16 @@ def load(run: Path, mesh: Mesh | None = None, best: bool = False) -> Trained:
 
 
 def load_given(runs: Sequence[Path], mesh: Mesh) -> tuple[Trained, ...]:
-    """The runs that another one is trained on top of."""
+    """The runs that `--given` names."""
     return tuple(load(run, mesh) for run in runs)
+
+
+def with_their_given(given: Sequence[Trained]) -> tuple[Trained, ...]:
+    """Given runs together with those that they were given themselves, each once."""
+    found: dict[Path, Trained] = {}
+    for one in given:
+        found |= {earlier.run: earlier for earlier in (*one.family, one)}
+    return tuple(found.values())
 
 
 def input_layers(wiring: Wiring, family: Sequence[Trained]) -> tuple[int, ...]:

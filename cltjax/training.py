@@ -27,7 +27,7 @@ from cltjax.distributed import check_divides, make_mesh, own_positions, place
 from cltjax.errors import UserError
 from cltjax.metrics import EVERY, calibrate, mean_fvu, measure
 from cltjax.normalisation import Normalisation, normalisation_of
-from cltjax.runs import check_given, freeze, input_layers, load_given, start_from
+from cltjax.runs import check_given, freeze, input_layers, load_given, start_from, with_their_given
 from cltjax.sparsity import RANKED_BY_NORM
 from cltjax.step import (
     Frozen,
@@ -122,8 +122,7 @@ def train(config: TrainConfig, stop_after: int | None = None) -> Path:
     check_divides(mesh, config.batch_size, config.microbatches, config.model.features)
     run = config.out or Path("runs") / wiring.name
     config = dataclasses.replace(config, layer=spell_layers(wiring.sources), out=run)
-    given = load_given(config.given, mesh)
-    family = tuple({earlier.run: earlier for one in given for earlier in (*one.family, one)}.values())
+    family = with_their_given(load_given(config.given, mesh))
     check_given(wiring, family, identity(store))
     frozen, arrays = freeze(wiring, family)
     inputs = input_layers(wiring, family)
