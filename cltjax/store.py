@@ -124,7 +124,7 @@ class StorePart:
             array, folder = self.arrays[name], self.path / name
             spec = {
                 "driver": "zarr3",
-                "kvstore": {"driver": "file", "path": str(folder.absolute())},
+                "kvstore": {"driver": "file", "path": str(folder.resolve())},
                 "metadata": array.metadata(self.spec.shard_rows),
             }
             try:

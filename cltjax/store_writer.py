@@ -299,7 +299,7 @@ class StoreWriter:
                 file.unlink()
 
     def _open_array(self, name: str) -> ts.TensorStore:
-        kvstore = {"driver": "file", "path": str((self._path / name).absolute())}
+        kvstore = {"driver": "file", "path": str((self._path / name).resolve())}
         spec: dict[str, Any] = {"driver": "zarr3", "kvstore": kvstore}
         if self.rows == 0:
             spec["metadata"] = self._arrays[name].metadata(self._spec.shard_rows, self._capacity)

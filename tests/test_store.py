@@ -75,6 +75,13 @@ def read_all(store: ActivationStore) -> None:
 # What was written comes back
 
 
+def test_a_path_that_goes_up_and_down(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    write(Path("../s"), case)
+    read_all(ActivationStore.open("../below/../s"))
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("brought", [np.float32, ml_dtypes.bfloat16, np.float16])
 def test_values_come_back_rounded_to_the_stored_type(tmp_path: Path, dtype: str, brought: Any) -> None:
