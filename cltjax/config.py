@@ -20,6 +20,7 @@ NOT_THE_RUN = ("store", "out", "config", "log", "mesh")
 
 Activation = Literal["topk", "topk_joint", "batchtopk", "jumprelu", "relu"]
 K_RULES = ("topk", "topk_joint", "batchtopk")  # the rules that `k` sets; the others are steered by a penalty
+FEW_DEAD = 8  # dead features are few when at most one in so many is dead in any source: `revive` then costs little
 
 
 @dataclass(frozen=True)

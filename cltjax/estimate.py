@@ -24,7 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cltjax.config import TrainConfig, parse_mesh, slots_of
+from cltjax.config import FEW_DEAD, TrainConfig, parse_mesh, slots_of
 from cltjax.errors import UserError
 from cltjax.store import ActivationStore
 from cltjax.store_format import DTYPES
@@ -224,11 +224,14 @@ def memory(z: Sizes, config: TrainConfig, own: int) -> dict[str, int]:
 
 
 def flops_per_token(z: Sizes, config: TrainConfig) -> dict[str, int]:
-    """Multiplications and additions that a token costs, over all devices; the optimiser's are in `parts`."""
+    """Multiplications and additions that a token costs, over all devices; the optimiser's are in `parts`.
+
+    `revive` computes the pre-activations of dead features again, and their gradient: as many as still are few.
+    """
     dense = 2 * z.S * z.F * z.D
     return {
         "encode": dense,
-        "encode backward": 2 * z.S * z.C * z.D + (dense if config.sparsity.revive else 0),
+        "encode backward": 2 * z.S * z.C * z.D + (2 * dense // FEW_DEAD if config.sparsity.revive else 0),
         "decode": 2 * z.C * z.P * z.D,
         "decode backward": 4 * z.C * z.P * z.D,  # to the weights, and to the values
     }

@@ -8,6 +8,7 @@
 Inside `jax.shard_map` a value is this shard's tokens' part of a sum over tokens, alike on every shard of `model`.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,8 @@ import jax.numpy as jnp
 
 from cltjax.axes import Axes, total
 from cltjax.clt import CLT
-from cltjax.config import K_RULES, SparsityConfig
+from cltjax.config import FEW_DEAD, SparsityConfig
+from cltjax.encode import pre_activations
 from cltjax.sparsity import RANKED_BY_NORM, candidates, jumprelu, training_cut
 
 
@@ -66,25 +68,39 @@ def penalty(clt: CLT, active: Active, scale: float, axes: Axes) -> jax.Array:
     return total(jnp.sum(cost), axes.model)
 
 
-def revival(clt: CLT, active: Active, dead: jax.Array, axes: Axes) -> jax.Array:
+def revival(clt: CLT, normal: jax.Array, active: Active, dead: jax.Array, axes: Axes) -> jax.Array:
     """How far dead features [S, F] are below being active, summed over sources, tokens and features.
 
-    The gradient goes through the pre-activations alone. In units of rank for the topk rules; for jumprelu and relu
-    times |W_dec|, as in Anthropic's pre-activation loss.
+    In units of rank for the topk rules; for jumprelu and relu times |W_dec|, as in Anthropic's pre-activation loss. The
+    gradient goes through the pre-activations of normalised inputs [B, S, D] alone. Dead features are few as a rule:
+    then only theirs are computed again, and a dense backward pass of the encoder is not needed.
     """
-    norms = jax.lax.stop_gradient(clt.decoder_norms())[:, None]
-    if clt.activation == "topk":
-        short = active.cut - active.pre
-    elif clt.activation in RANKED_BY_NORM:
-        short = active.cut - active.pre * norms
-    else:
-        threshold = jax.lax.stop_gradient(clt.thresholds())[:, None] if clt.activation == "jumprelu" else 0.0
-        short = (threshold - active.pre) * norms
-    if clt.activation in K_RULES:
-        # The feature at the cut is not short of it, but a multiplication fused with a subtraction leaves a rounding
-        # error there, which would have the gradient of a real shortfall.
-        short = jnp.where(active.rank < active.cut, short, 0)
-    return total(jnp.sum(jnp.where(dead[:, None], jax.nn.relu(short), 0)), axes.model)
+    norms = jax.lax.stop_gradient(clt.decoder_norms())
+    none = jnp.zeros_like(norms)
+    tables = {
+        "W_enc": clt.W_enc[...],
+        "b_enc": clt.b_enc[...],
+        "threshold": jax.lax.stop_gradient(clt.thresholds()) if clt.activation == "jumprelu" else none,
+        "scale": none + 1 if clt.activation == "topk" else norms,
+    }
+    # Whether a feature is short of the cut is seen by the ranks that the cut was taken from: another product has
+    # another rounding error, and the feature at the cut would have the gradient of a real shortfall.
+    short = dead[:, None] & (active.rank < active.cut)
+
+    @jax.checkpoint  # else each branch returns what the other one's backward pass needs, as zeros
+    def shortfall(tables: dict[str, jax.Array], short: jax.Array) -> jax.Array:
+        h = pre_activations(tables["W_enc"], tables["b_enc"], normal, clt.dtype)
+        rank = (h - tables["threshold"][:, None]) * tables["scale"][:, None]
+        return jnp.sum(jnp.where(short, active.cut - rank, 0))
+
+    def of_few(tables: dict[str, jax.Array], short: jax.Array) -> jax.Array:
+        places = jax.vmap(lambda dead: jnp.nonzero(dead, size=few, fill_value=F)[0])(dead)
+        rows = {name: jax.vmap(partial(jnp.take, axis=0, mode="clip"))(table, places) for name, table in tables.items()}
+        return shortfall(rows, jnp.take_along_axis(short, places[:, None], -1, mode="fill", fill_value=False))
+
+    F = dead.shape[1]
+    few = -(-F // FEW_DEAD)
+    return total(jax.lax.cond(dead.sum(1).max() <= few, of_few, shortfall, tables, short), axes.model)
 
 
 def auxiliary(

@@ -197,7 +197,7 @@ def make_gradients(
             weight = penalty_weight(config.sparsity, config.steps, state.step)
             loss += weight * penalty(clt, active, config.sparsity.scale, MESH) / tokens
         if config.sparsity.revive > 0:
-            loss += config.sparsity.revive * revival(clt, active, dead, MESH) / tokens
+            loss += config.sparsity.revive * revival(clt, normal, active, dead, MESH) / tokens
         if config.sparsity.auxk > 0:
             left = jax.lax.stop_gradient(target - y_hat)
             slots_left = min(config.sparsity.auxk_features, config.model.features)

@@ -18,5 +18,5 @@ config = TrainConfig(
     batch_size=512,
     lr=4e-3,
     model=ModelConfig(features=1024, k=16),
-    sparsity=SparsityConfig(revive=1e-3),
+    sparsity=SparsityConfig(revive=2e-4, dead_after=20_000),
 )

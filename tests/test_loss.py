@@ -9,7 +9,7 @@ from flax import nnx
 from test_clt import B, D, forward, model
 
 from cltjax.axes import ALONE
-from cltjax.config import ModelConfig, SparsityConfig, TrainConfig
+from cltjax.config import FEW_DEAD, K_RULES, ModelConfig, SparsityConfig, TrainConfig
 from cltjax.loss import Active, k_at, penalty_weight, revival, squared_errors
 
 
@@ -45,23 +45,54 @@ def test_the_penalty_rises_as_in_the_reference(ramp):
 
 
 def test_the_feature_at_the_cut_is_not_short_of_it():
-    """Not even by the rounding of a product that the compiler fuses with a subtraction."""
+    """Not even by the rounding of a product that is computed twice. One feature is dead, or more than are few."""
     clt, *_, x = model(activation="topk_joint")
-    pre = clt.pre_activations(clt.normalise_inputs(x))
+    normal = clt.normalise_inputs(x)
+    pre = clt.pre_activations(normal)
     rank = clt.rank(pre)
     S, _, F = pre.shape
     none = jnp.zeros((S, B, 1))
 
     @nnx.jit
-    def pushed(clt, pre, rank, cut, dead):
-        def cost(pre):
-            return revival(clt, Active(none, none.astype(int), pre, rank, cut), dead, ALONE)
+    def pushed(clt, rank, cut, dead):
+        def cost(clt):
+            return revival(clt, normal, Active(none, none.astype(int), pre, rank, cut), dead, ALONE)
 
-        return jax.value_and_grad(cost)(pre)
+        return nnx.value_and_grad(cost)(clt)
 
     for feature in range(7):
         dead = jnp.zeros((S, F), bool).at[:, feature].set(True)
-        cost, gradient = pushed(clt, pre, rank, rank[..., feature, None], dead)
-        assert float(cost) == 0 and not np.any(gradient)
-        cost, gradient = pushed(clt, pre, rank, rank[..., feature, None] + 1, dead)
-        assert float(cost) == pytest.approx(S * B, rel=1e-4) and np.all(gradient[..., feature] < 0)
+        for others in (0, F):  # which lie above every cut
+            low = rank.at[..., feature + 1 :].set(jnp.inf)
+            either = dead | (jnp.arange(F) > feature) & (others > 0)
+            cost, gradients = pushed(clt, low, rank[..., feature, None], either)
+            assert float(cost) == 0 and not np.any(gradients.b_enc[...]) and not np.any(gradients.W_enc[...])
+            cost, gradients = pushed(clt, low, rank[..., feature, None] + 1, either)
+            expected = -B * np.asarray(clt.decoder_norms())[:, feature]
+            assert float(cost) == pytest.approx(S * B, rel=1e-4)
+            np.testing.assert_allclose(gradients.b_enc[...][:, feature], expected, rtol=1e-5)
+            assert np.count_nonzero(gradients.b_enc[...]) == S
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk", "jumprelu", "relu"])
+def test_few_dead_features_are_pushed_as_many_are(activation: str):
+    """The gradients with one dead feature more or less in the short cut add up to those of the long way."""
+    clt, *_, x = model(activation=activation)
+    normal = clt.normalise_inputs(x)
+    pre = clt.pre_activations(normal)
+    rank = clt.rank(pre)
+    S, _, F = pre.shape
+    cut = jnp.median(rank, -1, keepdims=True) if activation in K_RULES else jnp.zeros((1, 1, 1))
+    active = Active(cut, jnp.zeros((S, B, 1), int), pre, rank, cut)
+
+    @nnx.jit
+    def pushed(clt, dead):
+        return nnx.value_and_grad(lambda clt: revival(clt, normal, active, dead, ALONE))(clt)
+
+    many = jnp.arange(F) < -(-F // FEW_DEAD) + 3  # in each source
+    found = pushed(clt, jnp.broadcast_to(many, (S, F)))
+    one_by_one = [pushed(clt, jnp.zeros((S, F), bool).at[:, feature].set(True)) for feature in np.flatnonzero(many)]
+    summed = jax.tree.map(lambda *leaves: sum(leaves), *one_by_one)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(summed), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+    assert float(found[0]) > 0 and np.any(found[1].W_enc[...])

@@ -16,6 +16,8 @@ from cltjax.runs import load
 from cltjax.store import ActivationStore
 from cltjax.training import train
 
+SELDOM = LogConfig(every=50, checkpoint_every=1000)
+
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> ActivationStore:
@@ -76,7 +78,7 @@ def test_every_rule_trains_resumes_and_is_measured(store: ActivationStore, tmp_p
 
 def test_backfitting_a_layer_on_what_a_frozen_one_leaves(store: ActivationStore, tmp_path: Path):
     """The figures of the second run are those of both together, and better than the first alone."""
-    settings = {"steps": 300, "batch_size": 96, "lr": 1e-2, "offset": 0, "model": ModelConfig(64, 6)}
+    settings = {"steps": 300, "batch_size": 96, "lr": 1e-2, "offset": 0, "model": ModelConfig(64, 6), "log": SELDOM}
     first = small(store, tmp_path / "first", layer="1", **settings)
     train_and_measure(first)
     alone = evaluate(EvaluateConfig(tmp_path / "first", store.path))["targets"]["3"]["all"]["fvu"]
@@ -100,7 +102,7 @@ def test_backfitting_a_layer_on_what_a_frozen_one_leaves(store: ActivationStore,
 
 
 def test_fine_tuning_starts_from_the_weights_of_another_run(store: ActivationStore, tmp_path: Path):
-    train(small(store, tmp_path / "first", steps=60, lr=1e-2))
+    train(small(store, tmp_path / "first", steps=60, lr=1e-2, log=SELDOM))
     again = small(store, tmp_path / "again", start_from=tmp_path / "first", lr=1e-9, steps=2)
     train(again)
     for name in ("W_enc", "b_dec"):
