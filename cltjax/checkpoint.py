@@ -1,4 +1,7 @@
-"""The run directory's lasting part: config.json, Orbax checkpoints, and append-only JSON-lines files."""
+"""The run directory's lasting part: config.json, Orbax checkpoints, and append-only JSON-lines files.
+
+Checkpoints are saved and restored by all processes of a run; the rest is read by all and written by process 0.
+"""
 
 import json
 import os
@@ -8,6 +11,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from cltjax.config import differing
+from cltjax.distributed import agree, is_main, together
 from cltjax.errors import UserError
 from cltjax.files import write_json
 from cltjax.store import ActivationStore
@@ -83,14 +87,18 @@ def claim(run: Path, config: dict[str, Any], data: dict[str, Any], resumable: bo
     """Write config.json, or find that the run there is another one (UserError naming the first field that differs)."""
     resolved = json.loads(json.dumps({"config": config, "data": data}))  # as it will be read back
     path = run / CONFIG
-    if path.exists():
-        read_config(run)  # else it is somebody else's config.json
-    if resumable:
-        old = read_config(run)
-        for part in ("config", "data"):
-            if difference := differing(old[part], resolved[part]):
-                raise UserError(f"{run} holds another run ({part} {difference}): name another --out, or delete it")
-    write_json(path, resolved)
+    with together():  # all have read what is there before it is written anew
+        if path.exists():
+            read_config(run)  # else it is somebody else's config.json
+        if resumable:
+            old = read_config(run)
+            for part in ("config", "data"):
+                if difference := differing(old[part], resolved[part]):
+                    raise UserError(f"{run} holds another run ({part} {difference}): name another --out, or delete it")
+    with together():
+        if is_main():
+            write_json(path, resolved)
+    agree(f"another {path}", path.read_text(encoding="utf-8") if path.exists() else None)
 
 
 def read_config(run: Path) -> dict[str, Any]:
@@ -115,20 +123,25 @@ class Lines:
         present = path.stat().st_size if path.exists() else 0
         if present < size:
             raise UserError(f"{path} is shorter than its checkpoint says: restore it, or delete {path.parent}")
-        self.file = path.open("ab")
-        self.file.truncate(size)
+        self.file = path.open("ab") if is_main() else None
+        if self.file:
+            self.file.truncate(size)
 
     def add(self, value: dict[str, Any]) -> None:
-        self.file.write(json.dumps(value).encode() + b"\n")
-        self.file.flush()
+        if self.file:
+            self.file.write(json.dumps(value).encode() + b"\n")
+            self.file.flush()
 
     def size(self) -> int:
-        """Bytes that are safely on disk."""
+        """Bytes that are safely on disk; 0 on processes that write none."""
+        if self.file is None:
+            return 0
         os.fsync(self.file.fileno())
         return self.file.tell()
 
     def close(self) -> None:
-        self.file.close()
+        if self.file:
+            self.file.close()
 
 
 def whole_lines(path: Path) -> int:

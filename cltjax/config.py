@@ -16,7 +16,7 @@ from cltjax.errors import UserError
 from cltjax.store_format import brief, differences
 
 # Fields in which two runs may differ and still be the same: where things lie, what computes, how it is looked at.
-NOT_THE_RUN = ("store", "out", "config", "log", "mesh")
+NOT_THE_RUN = ("store", "out", "config", "log", "mesh", "processes")
 
 Activation = Literal["topk", "topk_joint", "batchtopk", "jumprelu", "relu"]
 K_RULES = ("topk", "topk_joint", "batchtopk")  # the rules that `k` sets; the others are steered by a penalty
@@ -107,6 +107,36 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class ProcessesConfig:
+    """Several processes, each with its own devices, as one run: start the same command once for each of them."""
+
+    auto: bool = False
+    """Let jax find the others: under SLURM, Open MPI or Kubernetes, or on a TPU pod."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, the same for all, where nothing else tells; with count and id."""
+    count: int | None = None
+    """Number of processes."""
+    id: int | None = None
+    """Number of this process, from 0."""
+
+    def check(self) -> tuple[str | None, int | None, int | None]:
+        """(coordinator, count, id): all of them, or none. UserError where they cannot go together."""
+        found = self.coordinator, self.count, self.id
+        if found == (None, None, None):
+            return found
+        if self.auto:
+            raise UserError("--processes.auto finds coordinator, count and id by itself: leave those out, or leave it")
+        if self.coordinator is None or self.count is None or self.id is None:
+            raise UserError("--processes.coordinator, --processes.count and --processes.id go together")
+        host, _, port = self.coordinator.rpartition(":")
+        if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+            raise UserError(f"--processes.coordinator {self.coordinator} is not of the form HOST:PORT")
+        if not 0 <= self.id < self.count:
+            raise UserError(f"--processes.id {self.id} is not between 0 and --processes.count {self.count} less 1")
+        return found
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Train a cross-layer transcoder on an activation store."""
 
@@ -155,6 +185,7 @@ class TrainConfig:
     tokens: TokensConfig = field(default_factory=TokensConfig)
     data: DataConfig = field(default_factory=DataConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    processes: ProcessesConfig = field(default_factory=ProcessesConfig)
 
     def check(self) -> None:
         """Raise UserError where values cannot go together."""
@@ -246,6 +277,9 @@ class EvaluateConfig:
     """The activation store whose test rows are used."""
     ridge: bool = False
     """Also fit ridge regression from the same input on the store's train rows, as a baseline."""
+    mesh: str = "1x1"
+    """Devices as DATAxMODEL, as in training: for a run that one device cannot hold."""
+    processes: ProcessesConfig = field(default_factory=ProcessesConfig)
 
 
 # The groups of options inside TrainConfig.

@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from cltjax.batches import Batch, read_ahead, split_batches
-from cltjax.checkpoint import SUMMARY
+from cltjax.checkpoint import SUMMARY, identity, read_config
 from cltjax.clt import CLT
-from cltjax.config import EvaluateConfig, TrainConfig
+from cltjax.config import EvaluateConfig, ModelConfig, TrainConfig
+from cltjax.distributed import agree, is_main, make_mesh, say, start, together
 from cltjax.errors import UserError
 from cltjax.files import write_json
 from cltjax.metrics import EVERY, mean_fvu, measure, summary
@@ -31,28 +32,41 @@ QUIET = 5.0  # seconds between two lines of progress
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Test FVU by target and modality, L0, dead features; the figures are also written into the run directory."""
-    trained = load(config.clt)
+    start(config.processes)
+    with together():
+        mesh = make_mesh(config.mesh)
+        read_config(config.clt)
+        store = ActivationStore.open(config.store)
+    trained = load(config.clt, mesh)
     clt, tokens = trained.clt, trained.config.tokens
-    store = ActivationStore.open(config.store)
-    check_match(config.clt, trained.data, store)
-    sources, targets = trained.sources, clt.wiring.targets
-    store.axis_of([*sources, *targets])
-    limits = NormLimits(**{which: tuple(found) for which, found in trained.data["outliers"].items()})
-    rules = token_rules(store, sources, targets, tokens, limits)
-    rules.some_rows("test")
+    agree("another store or checkpoint", [trained.data, trained.step, identity(store)])
+    with together():
+        check_match(config.clt, trained.data, store)
+        sources, targets = trained.sources, clt.wiring.targets
+        store.axis_of([*sources, *targets])
+        limits = NormLimits(**{which: tuple(found) for which, found in trained.data["outliers"].items()})
+        rules = token_rules(store, sources, targets, tokens, limits)
+        rules.some_rows("test")
+        frozen, arrays = freeze(clt.wiring, trained.family)
     figures: dict[str, Any] = {"split": "test", "store": str(store.path)}
-    frozen, arrays = freeze(clt.wiring, trained.family)
     with read_ahead(split_batches(store, sources, targets, rules.group, "test")) as batches:
         rows = len(store.rows_of("test"))
         said = progress(batches, rows, "measuring")
-        measured = measure(clt, said, rules.used_groups, frozen, arrays)
+        measured = measure(clt, said, rules.used_groups, frozen, arrays, mesh)
     figures |= summary(measured, clt.wiring.sources, targets, rules.used_groups)
     if config.ridge:
         figures["ridge"] = ridge_figures(clt, store, rules)
-    write_figures(config.clt, figures, dataclasses.asdict(trained.config.model))
-    show(figures, trained.config.model.features, Console())
-    print("plots: " + "  ".join(str(path) for path in draw(config.clt)))
+    with together():
+        if is_main():
+            report(config.clt, trained.config.model, figures)
     return figures
+
+
+def report(run: Path, model: ModelConfig, figures: dict[str, Any]) -> None:
+    """Write the figures into the run directory, draw the plots, print the table."""
+    write_figures(run, figures, dataclasses.asdict(model))
+    show(figures, model.features, Console())
+    print("plots: " + "  ".join(str(path) for path in draw(run)))
 
 
 def check_match(run: Path, data: dict[str, Any], store: ActivationStore) -> None:
@@ -94,7 +108,7 @@ def progress(batches: Iterable[tuple[Batch, np.ndarray]], rows: int, doing: str)
         if now - said >= QUIET:
             said, speed = now, done / (now - began)
             left = (rows - done) / speed
-            print(f"{doing}: {done:,} of {rows:,} rows  {speed:,.0f} rows/s  left {left:.0f} s", flush=True)
+            say(f"{doing}: {done:,} of {rows:,} rows  {speed:,.0f} rows/s  left {left:.0f} s")
 
 
 def write_figures(run: Path, figures: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -142,7 +156,8 @@ def show(figures: dict[str, Any], features: int, console: Console) -> None:
 
 
 def train_and_measure(config: TrainConfig) -> Path:
-    """Train (or go on training) the run of `config`, then measure it on the test rows of the same store."""
+    """Train (or go on training) the run of `config`, then measure it on the test rows of the same store and on the
+    same mesh."""
     run = train(config)
-    evaluate(EvaluateConfig(run, config.store))
+    evaluate(EvaluateConfig(run, config.store, mesh=config.mesh, processes=config.processes))
     return run

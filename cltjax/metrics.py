@@ -5,7 +5,7 @@ image, special, outlier; cltjax/tokens.py), T targets, S sources. `all` is the g
 together; the figures of the others are given apart, and are in none of the sums.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,15 +14,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from cltjax.axes import ALONE
+from cltjax.axes import MESH, total, varying_like
 from cltjax.batches import Batch
 from cltjax.clt import CLT
+from cltjax.distributed import make_mesh, spread
 from cltjax.sparsity import candidates
-from cltjax.step import Frozen, predict
+from cltjax.step import Frozen, predict, specs
 from cltjax.tokens import GROUPS
 
 EVERY = "all"
+NO_GROUP = 255  # rows that only fill up a batch
+ROWS = P(MESH.data)
 
 
 @dataclass
@@ -115,10 +120,11 @@ class Measured:
     firing: Firing = field(default_factory=Firing)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _measure(
     graph: nnx.GraphDef,
     frozen: tuple[Frozen, ...],
+    mesh: Mesh,
     state: nnx.State,
     arrays: Sequence[nnx.State],
     x: jax.Array,
@@ -126,17 +132,25 @@ def _measure(
     membership: jax.Array,
     used: jax.Array,
 ):
-    clt: CLT = nnx.merge(graph, state)
-    values, indices = clt.encode(x[:, : len(clt.wiring.sources)])
-    active = values > 0
-    source = jnp.arange(len(active))[:, None, None]
-    # Padding rows belong to no group, and fire nothing; nor do rows that are left out.
-    counted = active & (used @ membership > 0)[None, :, None]
-    fired = jnp.zeros(clt.b_enc[...].shape, jnp.int32).at[source, indices].add(counted.astype(jnp.int32))
-    with jax.default_matmul_precision("highest"):
-        per_group = membership @ active.sum(-1).T.astype(jnp.float32)
-        y_hat = predict(clt, values, indices, x, frozen, arrays, ALONE)
-        return fit_sums(clt.normalise_targets(y), y_hat, membership), fired, per_group
+    def local(state: nnx.State, arrays: Any, x: jax.Array, y: jax.Array, membership: jax.Array, used: jax.Array):
+        clt: CLT = nnx.merge(graph, state)
+        values, indices = clt.encode(x[:, : len(clt.wiring.sources)], MESH)
+        active = values > 0
+        source = jnp.arange(len(active))[:, None, None]
+        # Padding rows belong to no group, and fire nothing; nor do rows that are left out.
+        counted = active & (used @ membership > 0)[None, :, None]
+        fired = varying_like(jnp.zeros(clt.b_enc[...].shape, jnp.int32), counted)
+        fired = fired.at[source, indices].add(counted.astype(jnp.int32), mode="drop")
+        with jax.default_matmul_precision("highest"):
+            per_group = total(membership @ active.sum(-1).T.astype(jnp.float32), MESH.model)
+            y_hat = predict(clt, values, indices, x, frozen, arrays, MESH)
+            sums = fit_sums(clt.normalise_targets(y), y_hat, membership)
+        return jax.tree.map(lambda leaf: total(leaf, MESH.data), (sums, fired, per_group))
+
+    inputs = specs(state), specs(arrays), ROWS, ROWS, P(None, *ROWS), P()
+    outputs = P(), P(None, MESH.model), P()
+    found = jax.shard_map(local, mesh=mesh, in_specs=inputs, out_specs=outputs)(state, arrays, x, y, membership, used)
+    return jax.lax.with_sharding_constraint(found, NamedSharding(mesh, P()))  # every process reads them all
 
 
 def measure(
@@ -145,42 +159,62 @@ def measure(
     used_groups: Sequence[int],
     frozen: tuple[Frozen, ...] = (),
     arrays: Sequence[nnx.State] = (),
+    mesh: Mesh | None = None,
 ) -> Measured:
-    """Run `clt` over batches of (rows, group of each). A shorter last one is filled up with rows of no group.
+    """Run `clt` over batches of (rows, group of each).
 
-    frozen, arrays: runs whose predictions are added to its own. x has its sources first.
+    frozen, arrays: runs whose predictions are added to its own. x has its sources first. mesh: where all these arrays
+    are, by default one device; each process needs all rows.
     """
     graph, state = nnx.split(clt)
+    mesh = mesh or make_mesh("1x1")
     used = np.isin(list(GROUPS.values()), used_groups).astype(np.float32)
-    found, size = Measured(), 0
-    for batch, group in batches:
-        membership = membership_of(group)
-        size = max(size, len(group))
-        if short := size - len(group):
-            batch = Batch(*(np.pad(part, ((0, short), (0, 0), (0, 0)), mode="edge") for part in batch))
-            membership = np.pad(membership, ((0, 0), (0, short)))
-        sums, fired, active = jax.device_get(_measure(graph, frozen, state, arrays, batch.x, batch.y, membership, used))
+    found = Measured()
+    for x, y, group in on_mesh(batches, mesh):
+        membership = spread(membership_of(group), mesh, axis=1)
+        sums, fired, active = jax.device_get(_measure(graph, frozen, mesh, state, arrays, x, y, membership, used))
         found.fit.add(sums)
         found.firing.add(fired, active, sums["count"])
     return found
 
 
-@partial(jax.jit, static_argnums=0)
-def _ranks(graph: nnx.GraphDef, state: nnx.State, x: jax.Array) -> jax.Array:
-    clt: CLT = nnx.merge(graph, state)
-    pre = clt.pre_activations(clt.normalise_inputs(x[:, : len(clt.wiring.sources)]))
-    return candidates(clt.rank(pre), clt.slots).rank
+def on_mesh(
+    batches: Iterable[tuple[Batch, np.ndarray]], mesh: Mesh
+) -> Iterator[tuple[jax.Array, jax.Array, np.ndarray]]:
+    """x, y, split over `data`, and groups. A shorter last batch is filled up with rows of no group: all have one shape,
+    for which the program is compiled once."""
+    data, size = mesh.shape[MESH.data], 0
+    for batch, group in batches:
+        size = max(size, -(-len(group) // data) * data)
+        if short := size - len(group):
+            batch = Batch(*(np.pad(part, ((0, short), (0, 0), (0, 0)), mode="edge") for part in batch))
+            group = np.pad(group, (0, short), constant_values=NO_GROUP)
+        yield spread(batch.x, mesh), spread(batch.y, mesh), group
 
 
-def calibrate(clt: CLT, batches: Iterable[tuple[Batch, np.ndarray]], used_groups: Sequence[int]) -> np.ndarray:
+@partial(jax.jit, static_argnums=(0, 1))
+def _ranks(graph: nnx.GraphDef, mesh: Mesh, state: nnx.State, x: jax.Array) -> jax.Array:
+    def local(state: nnx.State, x: jax.Array) -> jax.Array:
+        clt: CLT = nnx.merge(graph, state)
+        pre = clt.pre_activations(clt.normalise_inputs(x[:, : len(clt.wiring.sources)]))
+        return candidates(clt.rank(pre), clt.slots, MESH.model).rank
+
+    # Ranks are alike on all shards of `model`, which the types of shard_map cannot tell.
+    split = jax.shard_map(local, mesh=mesh, in_specs=(specs(state), ROWS), out_specs=P(None, *ROWS), check_vma=False)
+    return jax.lax.with_sharding_constraint(split(state, x), NamedSharding(mesh, P()))
+
+
+def calibrate(
+    clt: CLT, batches: Iterable[tuple[Batch, np.ndarray]], used_groups: Sequence[int], mesh: Mesh
+) -> np.ndarray:
     """What h |W_dec| must reach [S] so that a token has as many active features as in training, on average.
 
     For topk_joint one number for all sources, for batchtopk one each: the quantile of the candidates of these rows.
     """
     graph, state = nnx.split(clt)
     found = []
-    for batch, group in batches:
-        rank = np.asarray(_ranks(graph, state, batch.x))
+    for x, _, group in on_mesh(batches, mesh):
+        rank = np.asarray(_ranks(graph, mesh, state, x))
         found.append(rank[:, np.isin(group, used_groups)])
     ranks = np.concatenate(found, 1)  # [S, N, C]
     S, N, _ = ranks.shape

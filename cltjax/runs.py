@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from cltjax.checkpoint import Checkpoints, read_config
 from cltjax.clt import CLT
 from cltjax.config import TrainConfig, from_json
-from cltjax.distributed import make_mesh
+from cltjax.distributed import check_features, make_mesh
 from cltjax.errors import UserError
 from cltjax.normalisation import blank
 from cltjax.step import Frozen, abstract_state, graph_of, initial_state, shardings
@@ -44,7 +44,10 @@ class Trained:
 
 
 def load(run: Path, mesh: Mesh | None = None, best: bool = False) -> Trained:
-    """The last checkpoint of a run (or that with the best validation FVU), on `mesh` (by default one device)."""
+    """The last checkpoint of a run (or that with the best validation FVU), on `mesh` (by default one device).
+
+    UserError where there is none, or its features do not divide into the mesh's shards.
+    """
     found = read_config(run)
     config, data = from_json(found["config"]), found["data"]
     wiring = wire(config.layer, data["model"]["n_layers"], config.offset, config.n_targets)
@@ -53,6 +56,7 @@ def load(run: Path, mesh: Mesh | None = None, best: bool = False) -> Trained:
     if not (run / "checkpoints").is_dir():
         raise nothing
     mesh = mesh or make_mesh("1x1")
+    check_features(mesh, config.model.features)
     checkpoints = Checkpoints(run)
     try:
         step = checkpoints.best() if best else checkpoints.last()

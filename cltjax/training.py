@@ -22,8 +22,18 @@ from jax.sharding import Mesh
 from cltjax.batches import Batch, Batches, read_ahead, split_batches
 from cltjax.checkpoint import METRICS, TIMING, Checkpoints, Lines, claim, identity, whole_lines
 from cltjax.clt import CLT
-from cltjax.config import TrainConfig, as_json, k_values
-from cltjax.distributed import check_divides, make_mesh, own_positions, place
+from cltjax.config import ProcessesConfig, TrainConfig, as_json, k_values
+from cltjax.distributed import (
+    agree,
+    check_divides,
+    check_features,
+    make_mesh,
+    own_positions,
+    place,
+    say,
+    start,
+    together,
+)
 from cltjax.errors import UserError
 from cltjax.metrics import EVERY, calibrate, mean_fvu, measure
 from cltjax.normalisation import Normalisation, normalisation_of
@@ -46,6 +56,8 @@ from cltjax.wiring import Wiring, spell_layers, wire
 
 # Validation rows that thresholds are calibrated on.
 CALIBRATION_ROWS = 8192
+# Options in which the processes of a run may differ: where each of them finds the files, and which it is.
+ONE_PROCESS: dict[str, Any] = {"store": Path(), "out": None, "config": None, "processes": ProcessesConfig()}
 # A run whose train FVU is above this will not come back: the mean alone has 1.
 DIVERGED = 10.0
 
@@ -114,41 +126,50 @@ def plan(config: TrainConfig, store: ActivationStore) -> Wiring:
 def train(config: TrainConfig, stop_after: int | None = None) -> Path:
     """Train, or resume, the run that `config` describes; returns the run directory.
 
+    With `--processes` every process of the run calls this. What they do alike they must find alike: the options, the
+    store, the earlier runs, the last checkpoint.
+
     stop_after: leave after so many steps, without a last checkpoint, as a kill would (for tests).
     """
-    store = ActivationStore.open(config.store)
-    wiring = plan(config, store)
-    mesh = make_mesh(config.mesh)
-    check_divides(mesh, config.batch_size, config.microbatches, config.model.features)
+    start(config.processes)
+    with together():
+        store = ActivationStore.open(config.store)
+        wiring = plan(config, store)
+        mesh = make_mesh(config.mesh)
+        check_divides(mesh, config.batch_size, config.microbatches)
+        check_features(mesh, config.model.features)
     run = config.out or Path("runs") / wiring.name
     config = dataclasses.replace(config, layer=spell_layers(wiring.sources), out=run)
+    agree("other options", as_json(dataclasses.replace(config, **ONE_PROCESS)))
     family = with_their_given(load_given(config.given, mesh))
-    check_given(wiring, family, identity(store))
-    frozen, arrays = freeze(wiring, family)
-    inputs = input_layers(wiring, family)
-    rules = token_rules(store, inputs, wiring.targets, config.tokens)
-    scales = normalisation_of(store, wiring.sources, wiring.targets, rules)
-    rules.some_rows("test")
-    run.mkdir(parents=True, exist_ok=True)
-    own = own_positions(mesh, config.batch_size, config.microbatches)
-    batches = Batches(store, inputs, wiring.targets, rules, config.batch_size, config.data, config.seed, own)
+    with together():
+        check_given(wiring, family, identity(store))
+        frozen, arrays = freeze(wiring, family)
+        inputs = input_layers(wiring, family)
+        rules = token_rules(store, inputs, wiring.targets, config.tokens)
+        scales = normalisation_of(store, wiring.sources, wiring.targets, rules)
+        rules.some_rows("test")
+        run.mkdir(parents=True, exist_ok=True)
+        own = own_positions(mesh, config.batch_size, config.microbatches)
+        batches = Batches(store, inputs, wiring.targets, rules, config.batch_size, config.data, config.seed, own)
     checkpoints = Checkpoints(run)
     try:
         last = checkpoints.last()
         data = identity(store) | {"outliers": dataclasses.asdict(rules.limits)}
+        agree("another store or checkpoint", [data, last])
         claim(run, as_json(config), data, resumable=last is not None)
         if last is None:
             state, meta = first_state(config, wiring, scales, mesh), {}
         else:
             state, meta = checkpoints.restore(last, abstract_state(config, wiring, scales, mesh))
-            print(f"resuming {run} at step {last}")
+            say(f"resuming {run} at step {last}")
         say_plan(config, store, rules, wiring, run)
         records = Lines(run / METRICS, meta.get("metrics_bytes", 0))
         timings = Lines(run / TIMING, 0 if last is None else whole_lines(run / TIMING))
         try:
             graph = graph_of(config, wiring, scales)
             make = partial(make_step, config, graph, mesh, frozen)
-            validate = partial(validation, config, graph, store, inputs, rules, frozen, arrays)
+            validate = partial(validation, config, graph, mesh, store, inputs, rules, frozen, arrays)
             loop = Loop(config, mesh, make(), arrays, batches, checkpoints, records, timings, validate)
             if config.sparsity.k_start > 1:
                 loop.annealing = make(annealing=True)
@@ -175,6 +196,7 @@ def first_state(config: TrainConfig, wiring: Wiring, scales: Normalisation, mesh
 def validation(
     config: TrainConfig,
     graph: nnx.GraphDef,
+    mesh: Mesh,
     store: ActivationStore,
     inputs: tuple[int, ...],
     rules: TokenRules,
@@ -194,12 +216,12 @@ def validation(
         return split_batches(store, inputs, clt.wiring.targets, rules.group, "val", max_rows=most)
 
     if calibrated:
-        cut = calibrate(clt, rows(CALIBRATION_ROWS), rules.used_groups)
+        cut = calibrate(clt, rows(CALIBRATION_ROWS), rules.used_groups, mesh)
         clt.cut[...] = jax.device_put(cut, clt.cut[...].sharding)
         state = state._replace(constants=nnx.split(clt, nnx.Param, ...)[2])
     if not config.log.val_rows:
         return state, None
-    figures = measure(clt, rows(config.log.val_rows), rules.used_groups, frozen, arrays).fit
+    figures = measure(clt, rows(config.log.val_rows), rules.used_groups, frozen, arrays, mesh).fit
     return state, mean_fvu(figures.figures(clt.wiring.targets, rules.used_groups))[EVERY]
 
 
@@ -207,12 +229,12 @@ def say_plan(config: TrainConfig, store: ActivationStore, rules: TokenRules, wir
     """Two lines about what is going to be done."""
     tokens, model = config.steps * config.batch_size, config.model
     k = "" if model.activation in ("jumprelu", "relu") else f" k={spell_numbers(model.k)}"
-    print(
+    say(
         f"{run}: source {spell_layers(wiring.sources)} -> targets {spell_layers(wiring.targets)}, "
         f"F={model.features}, {model.activation}{k}; {tokens:,} tokens"
         + ("" if store.complete else " (the capture is unfinished: only what is published)")
     )
-    print(f"train rows: {rules.describe('train')}", flush=True)
+    say(f"train rows: {rules.describe('train')}")
 
 
 def spell_numbers(k: float | tuple[float, ...]) -> str:
@@ -276,15 +298,17 @@ class Loop:
         began = time.perf_counter()
         ready, fvu = self.validate(state)
         if fvu is not None:
-            print(f"step {step:>6}/{self.config.steps}  val FVU {fvu:.4f}", flush=True)
+            say(f"step {step:>6}/{self.config.steps}  val FVU {fvu:.4f}")
         meta = {"window": dataclasses.asdict(self.window), "metrics_bytes": self.records.size()}
         self.checkpoints.save(step, ready, meta, fvu)
         self.since += time.perf_counter() - began  # speed is that of training
 
     def stop(self, step: int, why: str) -> None:
+        """Raise UserError. All processes come here, or none: what they decide on is alike."""
         last = self.checkpoints.last()
         kept = "there is no checkpoint yet" if last is None else f"the checkpoint of step {last} is kept"
-        raise UserError(f"{why} at step {step}; {kept}. Lower --lr (now {self.config.learning_rate:g})")
+        with together():
+            raise UserError(f"{why} at step {step}; {kept}. Lower --lr (now {self.config.learning_rate:g})")
 
     def note(self, step: int, waiting: dict[str, jax.Array]) -> None:
         """Take in the figures of one step: stop on what is not finite, write a record where one is due."""
@@ -303,20 +327,19 @@ class Loop:
             self.stop(step, f"training has diverged (train FVU {record['fvu']:.3g}, where the mean alone has 1)")
         self.records.add(record)
         self.window = Window()
-        self.say(record)
+        self.report(record)
 
-    def say(self, record: dict[str, Any]) -> None:
+    def report(self, record: dict[str, Any]) -> None:
         """The progress line, and the same in timing.jsonl. Figures are those of the training batches."""
         now = time.perf_counter()
         seconds = now - self.since
         speed = self.timed_steps * self.config.batch_size / seconds
         waited = self.waited / seconds
         left = (self.config.steps - record["step"]) * self.config.batch_size / max(speed, 1.0)
-        print(
+        say(
             f"step {record['step']:>6}/{self.config.steps}  {speed:>7,.0f} tokens/s  waiting {waited:4.0%}  "
             f"loss {record['loss']:.4f}  train FVU {record['fvu']:.4f}  L0 {record['l0']:.1f}  "
-            f"dead {record['dead']:.1%}  left {int(left) // 60}:{int(left) % 60:02d}",
-            flush=True,
+            f"dead {record['dead']:.1%}  left {int(left) // 60}:{int(left) % 60:02d}"
         )
         timing = {"step": record["step"], "seconds": seconds, "tokens_per_s": speed, "waiting": waited}
         self.timings.add(timing)

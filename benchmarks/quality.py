@@ -1,0 +1,307 @@
+"""How well each kind of CLT reconstructs the MLPs of the demo VLM: one table and one plot, on held-out images.
+
+    python capture/run.py --model examples/shapes/model --max-samples 19000 --out runs/quality/store     # 2.6 GB
+    python -m benchmarks.quality --store runs/quality/store --out runs/quality
+    python -m benchmarks.quality ... --parts baselines rules      # some of it; what is there is in the table
+
+Every trial is a `train.py` command on top of configs/demo_joint.py, printed as it starts; one that is finished is not
+run again, one that was broken off goes on. Learning rates are chosen by a sweep of short runs, for each kind of CLT
+apart, by the FVU of their last training batches; where L0 differs by FVU x sqrt(L0), which along a rule's frontier is
+about constant. Figures in the table are of test rows.
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from rich.console import Console
+from rich.table import Table
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RESULTS = REPOSITORY / "benchmarks/results"
+LAYERS = 6
+
+RATES = (2e-3, 4e-3, 8e-3)
+SWEEP_STEPS = 900
+SEEDS = (0, 1, 2)
+KS = (2, 4, 8, 16)
+# The rules that a penalty steers: the weights of it that give about as many active features as KS.
+PENALTIES = {"jumprelu": (5e-3, 2.4e-3, 1.2e-3, 4e-4), "relu": (8e-2, 3.5e-2, 1.7e-2, 7e-3)}
+SLOTS = 32  # most active features of a token and source, for the rules under which the number varies
+RULES = ("topk", "jumprelu", "batchtopk", "topk_joint", "relu")
+LONG_STEPS = 11000  # what fits into 15 minutes
+PARTS = ("sweeps", "rules", "baselines", "frontier", "long")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of CLT: which sources write where, and which features are active."""
+
+    name: str
+    rule: str = "topk"
+    options: tuple[str, ...] = ()
+
+    def trial(self, name: str, k: int, lr: float, seed: int = 0, steps: int | None = None) -> "Trial":
+        options = ["--model.activation", self.rule, "--model.k", str(k), "--lr", f"{lr:g}", "--seed", str(seed)]
+        if self.rule != "topk":
+            options += ["--model.slots", str(SLOTS)]
+        if self.rule in PENALTIES:
+            options += ["--sparsity.penalty", f"{PENALTIES[self.rule][KS.index(k)]:g}"]
+        if steps is not None:
+            options += ["--steps", str(steps)]
+        return Trial(f"{self.name}-{name}", (*options, *self.options))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training run."""
+
+    name: str
+    options: tuple[str, ...]
+
+    def command(self, store: Path, out: Path) -> list[str]:
+        head = [sys.executable, "train.py", "--config", "configs/demo_joint.py"]
+        return [*head, "--store", str(store.resolve()), "--out", str((out / self.name).resolve()), *self.options]
+
+
+# Where the revival's units are not those of a rank but of h |W_dec|, it has another weight.
+REVIVE = {"jumprelu": ("--sparsity.revive", "1e-3"), "relu": ("--sparsity.revive", "1e-3")}
+JOINT = {rule: Kind(rule, rule, REVIVE.get(rule, ())) for rule in RULES}
+PER_LAYER = Kind("per_layer", options=("--n-targets", "1"))
+OFFSET_1 = Kind("offset_1", options=("--offset", "1"))
+SWEPT = (JOINT["topk"], PER_LAYER, OFFSET_1, *list(JOINT.values())[1:])
+
+
+def sweep(kind: Kind, k: int = 16) -> dict[float, Trial]:
+    """Short runs at several learning rates."""
+    return {lr: kind.trial(f"k{k}-lr{lr:g}-sweep", k, lr, steps=SWEEP_STEPS) for lr in RATES}
+
+
+def alone(offset: int, source: int, lr: float, seed: int) -> Trial:
+    """A source that is trained as if there were no others."""
+    found = replace(JOINT["topk"], name=f"alone_{offset}").trial(f"{source}-seed{seed}", 16, lr, seed)
+    return replace(found, options=(*found.options, "--layer", str(source), "--offset", str(offset)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
+    parser.add_argument("--jobs", type=int, default=1, help="trials at the same time")
+    parser.add_argument("--report", action="store_true", help="only the table of what is there")
+    options = parser.parse_args()
+    bench = Bench(options.store, options.out, options.jobs, options.report)
+    if "sweeps" in options.parts:
+        bench.run(trial for kind in SWEPT for trial in sweep(kind).values())
+    rates = {kind.name: bench.best_rate(kind) for kind in SWEPT}
+    rows = table_rows(rates)
+    for part in options.parts:
+        bench.run(trial for row in rows if row.part == part for trial in row.trials)
+    bench.report(rows)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: the trials of several seeds, or for a sum the sources' trials of each seed."""
+
+    part: str
+    name: str
+    k: int
+    lr: float
+    runs: tuple[tuple[Trial, ...], ...]
+
+    @property
+    def trials(self) -> tuple[Trial, ...]:
+        return tuple(trial for run in self.runs for trial in run)
+
+
+def table_rows(rates: dict[str, float]) -> list[Row]:
+    """All rows, given each kind's learning rate."""
+
+    def row(part: str, kind: Kind, k: int, seeds: Sequence[int] = SEEDS, steps: int | None = None) -> Row:
+        lr = rates[kind.name]
+        length = "" if steps is None else "-long"
+        runs = tuple((kind.trial(f"k{k}-lr{lr:g}-seed{seed}{length}", k, lr, seed, steps),) for seed in seeds)
+        return Row(part, kind.name, k, lr, runs)
+
+    def sums(offset: int) -> Row:
+        lr = rates["topk" if offset == 0 else "offset_1"]
+        runs = (tuple(alone(offset, source, lr, seed=0) for source in range(LAYERS - offset)),)
+        return Row("baselines", f"alone, offset {offset}: naive sum", 16, lr, runs)
+
+    rows = [row("rules", kind, 16) for kind in JOINT.values()]
+    rows += [row("baselines", PER_LAYER, 16), row("baselines", OFFSET_1, 16), sums(0), sums(1)]
+    rows += [row("frontier", kind, k, (0,)) for kind in (*JOINT.values(), PER_LAYER) for k in KS[:-1]]
+    return rows + [row("long", JOINT["topk"], k, (0,), LONG_STEPS) for k in (16, 8, 4)]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Runs trials, and reads what they measured."""
+
+    store: Path
+    out: Path
+    jobs: int
+    read_only: bool
+
+    def run(self, trials: Iterable[Trial]) -> None:
+        """Do what is not done yet."""
+        left = [trial for trial in dict.fromkeys(trials) if not self.done(trial)]
+        if left and not self.read_only:
+            with ThreadPoolExecutor(self.jobs) as pool:
+                list(pool.map(self.one, left))
+
+    def one(self, trial: Trial) -> None:
+        command = trial.command(self.store, self.out)
+        print(shlex.join(command[1:]), flush=True)
+        self.out.mkdir(parents=True, exist_ok=True)
+        with (self.out / f"{trial.name}.txt").open("w") as said:
+            subprocess.run(command, check=True, cwd=REPOSITORY, stdout=said, stderr=subprocess.STDOUT)
+
+    def done(self, trial: Trial) -> bool:
+        return (self.out / trial.name / "metrics.json").exists()
+
+    def best_rate(self, kind: Kind) -> float:
+        """The learning rate of the sweep's best run; the middle one where there was none."""
+        found = {lr: self.cost(trial) for lr, trial in sweep(kind).items() if self.done(trial)}
+        return min(found, key=found.__getitem__) if found else RATES[len(RATES) // 2]
+
+    def cost(self, trial: Trial) -> float:
+        """What a sweep makes small."""
+        last = self.last_record(trial)
+        return last["fvu"] * last["l0"] ** 0.5
+
+    def last_record(self, trial: Trial) -> dict[str, Any]:
+        lines = (self.out / trial.name / "metrics.jsonl").read_text().splitlines()
+        return json.loads(lines[-1])
+
+    def figures(self, run: tuple[Trial, ...]) -> dict[str, Any]:
+        """What was measured on test rows; of several trials, on the sum of their predictions."""
+        folders = [self.out / trial.name for trial in run]
+        if len(folders) == 1:
+            found = json.loads((folders[0] / "metrics.json").read_text())
+            timing = (folders[0] / "timing.jsonl").read_text().splitlines()
+            return found | {"seconds": sum(json.loads(line)["seconds"] for line in timing)}
+        summed = self.out / f"{run[0].name}-sum.json"
+        if not summed.exists():
+            summed.write_text(json.dumps(naive_sum(folders, self.store)))
+        return json.loads(summed.read_text())
+
+    def report(self, rows: Sequence[Row]) -> None:
+        """The table and the plot of what is there, on the screen and in benchmarks/results."""
+        RESULTS.mkdir(exist_ok=True)
+        there = [(row, [self.figures(run) for run in row.runs if all(map(self.done, run))]) for row in rows]
+        there = [(row, found) for row, found in there if found]
+        (RESULTS / "quality.json").write_text(json.dumps([as_json(row, found) for row, found in there], indent=1))
+        with (RESULTS / "quality.txt").open("w") as file:
+            for console in (Console(width=150), Console(width=150, file=file)):
+                console.print(main_table(there))
+                console.print(sweep_table(self))
+        plot_frontier(there, RESULTS / "quality_frontier.png")
+
+
+def naive_sum(runs: Sequence[Path], store_path: Path) -> dict[str, Any]:
+    """The test figures of several runs' predictions added up as they are."""
+    from cltjax.batches import split_batches
+    from cltjax.metrics import measure, summary
+    from cltjax.runs import freeze, input_layers, load
+    from cltjax.store import ActivationStore
+    from cltjax.tokens import token_rules
+
+    first, *others = [load(run) for run in runs]
+    wiring, store = first.clt.wiring, ActivationStore.open(store_path)
+    frozen, arrays = freeze(wiring, others)
+    inputs = input_layers(wiring, others)
+    rules = token_rules(store, inputs, wiring.targets, first.config.tokens)
+    batches = split_batches(store, inputs, wiring.targets, rules.group, "test")
+    measured = measure(first.clt, batches, rules.used_groups, frozen, arrays)
+    found = summary(measured, wiring.sources, wiring.targets, rules.used_groups)
+    each = [json.loads((run / "metrics.json").read_text()) for run in runs]
+    return found | {name: statistics.fmean(one[name] for one in each) for name in ("l0", "dead")}
+
+
+def as_json(row: Row, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    kept = ("fvu", "l0", "dead", "targets", "seconds")
+    runs = [{name: one[name] for name in kept if name in one} for one in found]
+    return {"part": row.part, "name": row.name, "k": row.k, "lr": row.lr, "runs": runs}
+
+
+def spread(values: Sequence[float], form: str = ".4f") -> str:
+    """Mean, and half the range of several seeds."""
+    half = (max(values) - min(values)) / 2
+    return f"{statistics.fmean(values):{form}}" + (f" ±{half:{form}}" if len(values) > 1 else "")
+
+
+def main_table(there: Sequence[tuple[Row, list[dict[str, Any]]]]) -> Table:
+    table = Table(title="FVU on test rows, mean over targets (± half the range of seeds)", title_justify="left")
+    for name in ("CLT", "k", "lr", "seeds", "FVU", "text", "image", "worst target", "L0", "dead", "slopes", "s"):
+        table.add_column(name, justify="left" if name == "CLT" else "right")
+    part = None
+    for row, found in there:
+        if row.part != part:
+            table.add_section()
+            part = row.part
+        by = {group: [one["fvu"][group] for one in found] for group in ("all", "text", "image")}
+        worst = [max(target["all"]["fvu"] for target in one["targets"].values()) for one in found]
+        slopes = [target["all"]["slope"] for one in found for target in one["targets"].values()]
+        seconds = [one["seconds"] for one in found if "seconds" in one]
+        table.add_row(
+            row.name + (" (long)" if row.part == "long" else ""),
+            str(row.k),
+            f"{row.lr:g}",
+            str(len(found)),
+            *(spread(values) for values in by.values()),
+            spread(worst),
+            f"{statistics.fmean(one['l0'] for one in found):.1f}",
+            f"{statistics.fmean(one['dead'] for one in found):.1%}",
+            f"{min(slopes):.3f}-{max(slopes):.3f}",
+            f"{statistics.fmean(seconds):.0f}" if seconds else "",
+        )
+    return table
+
+
+def sweep_table(bench: Bench) -> Table:
+    title = f"Sweeps: FVU (and L0) of the last training batches of {SWEEP_STEPS} steps, by learning rate; k = 16"
+    table = Table("CLT", *(f"{lr:g}" for lr in RATES), title=title, title_justify="left")
+    for kind in SWEPT:
+        cells = []
+        for trial in sweep(kind).values():
+            last = bench.last_record(trial) if bench.done(trial) else None
+            cells.append(f"{last['fvu']:.4f} ({last['l0']:.1f})" if last else "")
+        table.add_row(kind.name, *cells)
+    return table
+
+
+def plot_frontier(there: Sequence[tuple[Row, list[dict[str, Any]]]], path: Path) -> None:
+    """Mean FVU against L0 a source, a line for each rule."""
+    figure, axes = plt.subplots(figsize=(5, 3.4), dpi=140, layout="constrained")
+    for name in (*RULES, PER_LAYER.name):
+        found = [(row, one) for row, one in there if row.name == name and row.part != "long"]
+        points = sorted(
+            (statistics.fmean(r["l0"] for r in runs), statistics.fmean(r["fvu"]["all"] for r in runs))
+            for _, runs in found
+        )
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+    axes.set(
+        xlabel="active features a token and source (L0)", ylabel="FVU, mean over targets", xscale="log", yscale="log"
+    )
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()
