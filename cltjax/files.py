@@ -1,10 +1,16 @@
-"""Files that are whole or not there: written under a temporary name, flushed, then moved."""
+"""Files that are whole or not there: written under a temporary name, flushed, then moved. Folders with one writer."""
 
+import errno
+import fcntl
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from cltjax.errors import UserError
+
+UNLOCKABLE = (errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)  # file systems without flock
 
 
 def write_whole(path: Path, write: Callable[[Path], object], *, sync: bool = True) -> None:
@@ -27,3 +33,26 @@ def write_json(path: Path, value: Any) -> None:
     """`value` as indented JSON, whole or not there."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+class Lock:
+    """The right to write into a folder, of one process at a time. It goes with the process, however that ends."""
+
+    def __init__(self, folder: Path, who: str) -> None:
+        """UserError where another process has it; `who` is "another capture" and the like."""
+        self.descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.close()
+            raise UserError(f"{who} is writing {folder}: wait for it, or choose another folder") from error
+        except OSError as error:
+            if error.errno not in UNLOCKABLE:
+                self.close()
+                raise
+
+    def close(self) -> None:
+        """Give it up; more than once does nothing."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1

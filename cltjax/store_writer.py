@@ -12,7 +12,6 @@ written.
 """
 
 import errno
-import fcntl
 import json
 import os
 import queue
@@ -31,7 +30,7 @@ import tensorstore as ts
 from safetensors.numpy import save as save_safetensors
 
 from cltjax.errors import UserError
-from cltjax.files import write_json, write_whole
+from cltjax.files import Lock, write_json, write_whole
 from cltjax.statistics import N_MODALITIES, Moments, measure_layer
 from cltjax.store import PART_NAME, ActivationStore, StorePart
 from cltjax.store_format import (
@@ -57,7 +56,6 @@ from cltjax.store_format import (
 
 _BUFFERS = 3  # shards in memory: one being filled, one waiting, one being written
 _TEMPORARY = re.compile(r"stats(-\d+)?\.safetensors|\.(stats(-\d+)?\.safetensors|manifest\.json)\.tmp")
-_UNLOCKABLE = (errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)  # file systems without flock
 
 
 @dataclass(frozen=True)
@@ -151,11 +149,11 @@ class StoreWriter:
         self._capacity = capacity
         self._failure: BaseException | None = None
         self._stopped = False
-        self._lock = -1
+        self._lock: Lock | None = None
         with self._explained("opening"):
             _refuse_mixture(self._path)
             self._path.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self._path)
+            self._lock = Lock(self._path, "another capture")
             try:
                 self._start()
             except BaseException:
@@ -179,7 +177,7 @@ class StoreWriter:
         afterwards. Batches come in ascending order, from `resume["batch"]` on.
         """
         self._raise_failure()
-        if self.complete or self._lock < 0:
+        if self.complete or self._lock is None:
             raise ValueError("the store is finished or closed")
         if batch < self._next_batch:
             raise ValueError(f"batch {batch} where batch {self._next_batch} or a later one should come")
@@ -499,9 +497,9 @@ class StoreWriter:
             ) from error
 
     def _unlock(self) -> None:
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
 
 def _errno_of(error: Exception) -> int | None:
@@ -523,18 +521,3 @@ def _refuse_mixture(path: Path) -> None:
             raise UserError(f"{path.parent} has {others[0].name}: use the same number of parts or another folder")
     elif inside := [folder for folder in path.glob("part-*-of-*") if PART_NAME.fullmatch(folder.name)]:
         raise UserError(f"{path} has {inside[0].name}: capture the parts of it (--shard) or choose another folder")
-
-
-def _lock(path: Path) -> int:
-    """An open, locked descriptor of the folder; the lock goes with the process, however it ends."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise UserError(f"another capture is writing {path}: wait for it, or choose another folder") from error
-    except OSError as error:
-        if error.errno not in _UNLOCKABLE:
-            os.close(descriptor)
-            raise
-    return descriptor

@@ -8,6 +8,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from cltjax.distributed import (
     agree,
     check_divides,
     check_features,
+    is_main,
     make_mesh,
     own_positions,
     place,
@@ -35,6 +37,7 @@ from cltjax.distributed import (
     together,
 )
 from cltjax.errors import UserError
+from cltjax.files import Lock
 from cltjax.metrics import EVERY, calibrate, mean_fvu, measure
 from cltjax.normalisation import Normalisation, normalisation_of
 from cltjax.runs import check_given, freeze, input_layers, load_given, start_from, with_their_given
@@ -142,18 +145,22 @@ def train(config: TrainConfig, stop_after: int | None = None) -> Path:
     config = dataclasses.replace(config, layer=spell_layers(wiring.sources), out=run)
     agree("other options", as_json(dataclasses.replace(config, **ONE_PROCESS)))
     family = with_their_given(load_given(config.given, mesh))
-    with together():
-        check_given(wiring, family, identity(store))
-        frozen, arrays = freeze(wiring, family)
-        inputs = input_layers(wiring, family)
-        rules = token_rules(store, inputs, wiring.targets, config.tokens)
-        scales = normalisation_of(store, wiring.sources, wiring.targets, rules)
-        rules.some_rows("test")
-        run.mkdir(parents=True, exist_ok=True)
-        own = own_positions(mesh, config.batch_size, config.microbatches)
-        batches = Batches(store, inputs, wiring.targets, rules, config.batch_size, config.data, config.seed, own)
-    checkpoints = Checkpoints(run)
-    try:
+    with ExitStack() as opened:
+        with together():
+            check_given(wiring, family, identity(store))
+            frozen, arrays = freeze(wiring, family)
+            inputs = input_layers(wiring, family)
+            rules = token_rules(store, inputs, wiring.targets, config.tokens)
+            scales = normalisation_of(store, wiring.sources, wiring.targets, rules)
+            rules.some_rows("test")
+            own = own_positions(mesh, config.batch_size, config.microbatches)
+            batches = opened.enter_context(
+                closing(Batches(store, inputs, wiring.targets, rules, config.batch_size, config.data, config.seed, own))
+            )
+            run.mkdir(parents=True, exist_ok=True)
+            if is_main():
+                opened.enter_context(closing(Lock(run, "another train.py")))
+        checkpoints = opened.enter_context(closing(Checkpoints(run)))
         last = checkpoints.last()
         data = identity(store) | {"outliers": dataclasses.asdict(rules.limits)}
         agree("another store or checkpoint", [data, last])
@@ -164,23 +171,17 @@ def train(config: TrainConfig, stop_after: int | None = None) -> Path:
             state, meta = checkpoints.restore(last, abstract_state(config, wiring, scales, mesh))
             say(f"resuming {run} at step {last}")
         say_plan(config, store, rules, wiring, run)
-        records = Lines(run / METRICS, meta.get("metrics_bytes", 0))
-        timings = Lines(run / TIMING, 0 if last is None else whole_lines(run / TIMING))
-        try:
-            graph = graph_of(config, wiring, scales)
-            make = partial(make_step, config, graph, mesh, frozen)
-            validate = partial(validation, config, graph, mesh, store, inputs, rules, frozen, arrays)
-            loop = Loop(config, mesh, make(), arrays, batches, checkpoints, records, timings, validate)
-            if config.sparsity.k_start > 1:
-                loop.annealing = make(annealing=True)
-            loop.window = Window(**meta.get("window", {}))
-            loop.run(state, last or 0, stop_after)
-        finally:
-            records.close()
-            timings.close()
-    finally:
-        batches.close()
-        checkpoints.close()
+        records = opened.enter_context(closing(Lines(run / METRICS, meta.get("metrics_bytes", 0))))
+        kept = 0 if last is None else whole_lines(run / TIMING)
+        timings = opened.enter_context(closing(Lines(run / TIMING, kept)))
+        graph = graph_of(config, wiring, scales)
+        make = partial(make_step, config, graph, mesh, frozen)
+        validate = partial(validation, config, graph, mesh, store, inputs, rules, frozen, arrays)
+        loop = Loop(config, mesh, make(), arrays, batches, checkpoints, records, timings, validate)
+        if config.sparsity.k_start > 1:
+            loop.annealing = make(annealing=True)
+        loop.window = Window(**meta.get("window", {}))
+        loop.run(state, last or 0, stop_after)
     return run
 
 

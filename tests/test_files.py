@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from cltjax.files import write_json, write_whole
+from cltjax.errors import UserError
+from cltjax.files import Lock, write_json, write_whole
 
 
 def test_json_is_read_back_and_leaves_nothing_beside_it(tmp_path: Path):
@@ -25,3 +26,12 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, sync: bool):
         write_whole(path, fail, sync=sync)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_has_one_writer(tmp_path: Path):
+    first = Lock(tmp_path, "another capture")
+    with pytest.raises(UserError, match="another capture is writing"):
+        Lock(tmp_path, "another capture")
+    first.close()
+    first.close()
+    Lock(tmp_path, "another capture").close()

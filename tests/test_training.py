@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from cltjax.config import DataConfig, EvaluateConfig, LogConfig, ModelConfig, Tr
 from cltjax.distributed import make_mesh
 from cltjax.errors import UserError
 from cltjax.evaluation import evaluate, train_and_measure
+from cltjax.files import Lock
 from cltjax.normalisation import blank
 from cltjax.step import abstract_state, schedule
 from cltjax.store import ActivationStore
@@ -119,6 +121,8 @@ def test_another_configuration_or_store_is_not_resumed(store: ActivationStore, t
     with pytest.raises(UserError, match="dataset.fingerprint"):
         train(small(other, run))
     assert before == ((run / "config.json").read_bytes(), (run / "metrics.jsonl").read_bytes())
+    with closing(Lock(run, "another train.py")), pytest.raises(UserError, match=r"another train\.py is writing"):
+        train(small(store, run))
     train(small(store, run))  # finished: nothing is done
     assert before == ((run / "config.json").read_bytes(), (run / "metrics.jsonl").read_bytes())
 
