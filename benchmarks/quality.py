@@ -7,7 +7,8 @@
 Every trial is a `train.py` command on top of configs/demo_joint.py, printed as it starts; one that is finished is not
 run again, one that was broken off goes on. Learning rates are chosen by a sweep of short runs, for each kind of CLT
 apart, by the FVU of their last training batches; where L0 differs by FVU x sqrt(L0), which along a rule's frontier is
-about constant. Figures in the table are of test rows.
+about constant. A rate at which more than MOST_DEAD of the features die is not chosen. Figures in the table are of test
+rows.
 """
 
 import argparse
@@ -35,6 +36,7 @@ LAYERS = 6
 
 RATES = (2e-3, 4e-3, 8e-3)
 SWEEP_STEPS = 900
+MOST_DEAD = 0.1
 SEEDS = (0, 1, 2)
 KS = (2, 4, 8, 16)
 # The rules that a penalty steers: the weights of it that give about as many active features as KS.
@@ -182,7 +184,7 @@ class Bench:
     def cost(self, trial: Trial) -> float:
         """What a sweep makes small."""
         last = self.last_record(trial)
-        return last["fvu"] * last["l0"] ** 0.5
+        return last["fvu"] * last["l0"] ** 0.5 if last["dead"] < MOST_DEAD else float("inf")
 
     def last_record(self, trial: Trial) -> dict[str, Any]:
         lines = (self.out / trial.name / "metrics.jsonl").read_text().splitlines()
@@ -274,13 +276,13 @@ def main_table(there: Sequence[tuple[Row, list[dict[str, Any]]]]) -> Table:
 
 
 def sweep_table(bench: Bench) -> Table:
-    title = f"Sweeps: FVU (and L0) of the last training batches of {SWEEP_STEPS} steps, by learning rate; k = 16"
+    title = f"Sweeps: FVU (L0, dead) of the last training batches of {SWEEP_STEPS} steps, by learning rate; k = 16"
     table = Table("CLT", *(f"{lr:g}" for lr in RATES), title=title, title_justify="left")
     for kind in SWEPT:
         cells = []
         for trial in sweep(kind).values():
             last = bench.last_record(trial) if bench.done(trial) else None
-            cells.append(f"{last['fvu']:.4f} ({last['l0']:.1f})" if last else "")
+            cells.append(f"{last['fvu']:.4f} ({last['l0']:.1f}, {last['dead']:.0%})" if last else "")
         table.add_row(kind.name, *cells)
     return table
 
