@@ -13,6 +13,8 @@ rows.
 
 import argparse
 import json
+import os
+import platform
 import shlex
 import statistics
 import subprocess
@@ -20,6 +22,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +37,16 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks/results"
 LAYERS = 6
 
-RATES = (2e-3, 4e-3, 8e-3)
+RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 SWEEP_STEPS = 900
 MOST_DEAD = 0.1
 SEEDS = (0, 1, 2)
 KS = (2, 4, 8, 16)
 # The rules that a penalty steers: the weights of it that give about as many active features as KS.
 PENALTIES = {"jumprelu": (5e-3, 2.4e-3, 1.2e-3, 4e-4), "relu": (8e-2, 3.5e-2, 1.7e-2, 7e-3)}
-SLOTS = 32  # most active features of a token and source, for the rules under which the number varies
+# Most active features of a training token and source, for the rules under which the number varies. Not a bound on what
+# is measured: figures are under the thresholds alone.
+SLOTS = 32
 RULES = ("topk", "jumprelu", "batchtopk", "topk_joint", "relu")
 LONG_STEPS = 11000  # what fits into 15 minutes
 PARTS = ("sweeps", "rules", "baselines", "frontier", "long")
@@ -170,11 +175,16 @@ class Bench:
         command = trial.command(self.store, self.out)
         print(shlex.join(command[1:]), flush=True)
         self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / f"{trial.name}.options").write_text(shlex.join(trial.options))
         with (self.out / f"{trial.name}.txt").open("w") as said:
             subprocess.run(command, check=True, cwd=REPOSITORY, stdout=said, stderr=subprocess.STDOUT)
 
     def done(self, trial: Trial) -> bool:
-        return (self.out / trial.name / "metrics.json").exists()
+        """Whether a trial of these options has been measured. One of other options is in the way."""
+        options = self.out / f"{trial.name}.options"
+        if options.exists() and options.read_text() != shlex.join(trial.options):
+            sys.exit(f"{self.out / trial.name} was made with other options: {options.read_text()}: delete it")
+        return options.exists() and (self.out / trial.name / "metrics.json").exists()
 
     def best_rate(self, kind: Kind) -> float:
         """The learning rate of the sweep's best run; the middle one where there was none."""
@@ -210,9 +220,19 @@ class Bench:
         (RESULTS / "quality.json").write_text(json.dumps([as_json(row, found) for row, found in there], indent=1))
         with (RESULTS / "quality.txt").open("w") as file:
             for console in (Console(width=150), Console(width=150, file=file)):
+                console.print(machine(), highlight=False)
                 console.print(main_table(there))
                 console.print(sweep_table(self))
         plot_frontier(there, RESULTS / "quality_frontier.png")
+
+
+def machine() -> str:
+    """What the figures were made on, and with."""
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "flax", "optax"))
+    commit = ["git", "describe", "--always", "--dirty"]
+    version = subprocess.run(commit, check=True, cwd=REPOSITORY, capture_output=True, text=True).stdout.strip()
+    cores = len(os.sched_getaffinity(0))
+    return f"{cores} cores of {platform.machine()}, Python {platform.python_version()}, {versions}; report at {version}"
 
 
 def naive_sum(runs: Sequence[Path], store_path: Path) -> dict[str, Any]:

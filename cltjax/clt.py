@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from cltjax.axes import ALONE, Axes, total
 from cltjax.config import ModelConfig, k_values, slots_of
-from cltjax.decode import decode
+from cltjax.decode import decode, decode_codes
 from cltjax.encode import pick, pre_activations
 from cltjax.normalisation import Normalisation
 from cltjax.sparsity import RANKED_BY_NORM, candidates
@@ -109,25 +109,39 @@ class CLT(nnx.Module):
             return pre - jax.lax.stop_gradient(self.thresholds())[:, None]
         return pre
 
+    def passes(self, rank: jax.Array) -> jax.Array:
+        """Whether features of this rank [S, ...] are active, for rules with a threshold, once training is over."""
+        if self.activation in RANKED_BY_NORM:
+            return rank >= self.cut[...].reshape(-1, *(1,) * (rank.ndim - 1))
+        return rank > 0
+
     def encode(self, x: ArrayLike, axes: Axes = ALONE) -> tuple[jax.Array, jax.Array]:
         """Active features of raw inputs x [B, S, D], once training is over -> values, indices [S, B, K].
 
-        Values are 0 for slots that no feature takes.
+        Values are 0 for slots that no feature takes. Of more features above their thresholds than there are slots, the
+        highest ranks are given: `codes` has them all.
         """
         pre = self.pre_activations(self.normalise_inputs(x))
         found = candidates(self.rank(pre), self.slots, axes.model)
         values = jnp.take_along_axis(pre, found.indices, -1, mode="fill", fill_value=0)
         if self.activation == "topk":
             kept = jnp.arange(self.slots) < jnp.array(self.k)[:, None, None]
-        elif self.activation in RANKED_BY_NORM:
-            kept = found.rank >= self.cut[...][:, None, None]
         else:
-            kept = found.rank > 0
+            kept = self.passes(found.rank)
         return jnp.where(kept, jnp.maximum(values, 0), 0), found.indices
+
+    def codes(self, x: ArrayLike) -> jax.Array:
+        """All features [S, B, F] of raw inputs x [B, S, D] under a rule with thresholds, once training is over."""
+        pre = self.pre_activations(self.normalise_inputs(x))
+        return jnp.where(self.passes(self.rank(pre)), jnp.maximum(pre, 0), 0)
 
     def contributions(self, values: jax.Array, indices: jax.Array) -> jax.Array:
         """What active features [S, B, K] write to the targets, in normalised units and without b_dec: [B, T, D]."""
         return decode({layer: W[...] for layer, W in self.W_dec.items()}, values, indices, self.wiring, self.dtype)
+
+    def contributions_of_codes(self, codes: jax.Array) -> jax.Array:
+        """The same of dense codes [S, B, F], for tokens with any number of active features."""
+        return decode_codes({layer: W[...] for layer, W in self.W_dec.items()}, codes, self.wiring)
 
     def decode(self, values: jax.Array, indices: jax.Array, axes: Axes = ALONE) -> jax.Array:
         """Predicted targets in normalised units: values, indices [S, B, K] -> [B, T, D]."""

@@ -5,7 +5,7 @@ image, special, outlier; cltjax/tokens.py), T targets, S sources. `all` is the g
 together; the figures of the others are given apart, and are in none of the sums.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,13 +21,14 @@ from cltjax.axes import MESH, total, varying_like
 from cltjax.batches import Batch
 from cltjax.clt import CLT
 from cltjax.distributed import make_mesh, spread
-from cltjax.sparsity import candidates
+from cltjax.errors import UserError
 from cltjax.step import Frozen, predict, specs
 from cltjax.tokens import GROUPS
 
 EVERY = "all"
 NO_GROUP = 255  # rows that only fill up a batch
 ROWS = P(MESH.data)
+BINS = 1 << 16  # of the ranks' bits, in each of two passes
 
 
 @dataclass
@@ -134,16 +135,12 @@ def _measure(
 ):
     def local(state: nnx.State, arrays: Any, x: jax.Array, y: jax.Array, membership: jax.Array, used: jax.Array):
         clt: CLT = nnx.merge(graph, state)
-        values, indices = clt.encode(x[:, : len(clt.wiring.sources)], MESH)
-        active = values > 0
-        source = jnp.arange(len(active))[:, None, None]
         # Padding rows belong to no group, and fire nothing; nor do rows that are left out.
-        counted = active & (used @ membership > 0)[None, :, None]
-        fired = varying_like(jnp.zeros(clt.b_enc[...].shape, jnp.int32), counted)
-        fired = fired.at[source, indices].add(counted.astype(jnp.int32), mode="drop")
+        used_rows = used @ membership > 0
+        active, fired, written = activity(clt, x[:, : len(clt.wiring.sources)], used_rows)
         with jax.default_matmul_precision("highest"):
-            per_group = total(membership @ active.sum(-1).T.astype(jnp.float32), MESH.model)
-            y_hat = predict(clt, values, indices, x, frozen, arrays, MESH)
+            per_group = total(membership @ active.T.astype(jnp.float32), MESH.model)
+            y_hat = predict(clt, written, x, frozen, arrays, MESH, whole=True)
             sums = fit_sums(clt.normalise_targets(y), y_hat, membership)
         return jax.tree.map(lambda leaf: total(leaf, MESH.data), (sums, fired, per_group))
 
@@ -151,6 +148,24 @@ def _measure(
     outputs = P(), P(None, MESH.model), P()
     found = jax.shard_map(local, mesh=mesh, in_specs=inputs, out_specs=outputs)(state, arrays, x, y, membership, used)
     return jax.lax.with_sharding_constraint(found, NamedSharding(mesh, P()))  # every process reads them all
+
+
+def activity(clt: CLT, x: jax.Array, used_rows: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of this shard's features, for raw inputs x [B, S, D]: how many are active [S, B], on how many of the used rows
+    [B] each is [S, F], and what they write [B, T, D].
+
+    Under a rule with thresholds a token may have any number of active features: all are counted.
+    """
+    if clt.activation != "topk":
+        codes = clt.codes(x)
+        fired = ((codes > 0) & used_rows[None, :, None]).sum(1)
+        return (codes > 0).sum(-1), fired, clt.contributions_of_codes(codes)
+    values, indices = clt.encode(x, MESH)
+    counted = (values > 0) & used_rows[None, :, None]
+    fired = varying_like(jnp.zeros(clt.b_enc[...].shape, jnp.int32), counted)
+    source = jnp.arange(len(values))[:, None, None]
+    fired = fired.at[source, indices].add(counted.astype(jnp.int32), mode="drop")
+    return (values > 0).sum(-1), fired, clt.contributions(values, indices)
 
 
 def measure(
@@ -193,37 +208,60 @@ def on_mesh(
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _ranks(graph: nnx.GraphDef, mesh: Mesh, state: nnx.State, x: jax.Array) -> jax.Array:
-    def local(state: nnx.State, x: jax.Array) -> jax.Array:
-        clt: CLT = nnx.merge(graph, state)
-        pre = clt.pre_activations(clt.normalise_inputs(x[:, : len(clt.wiring.sources)]))
-        return candidates(clt.rank(pre), clt.slots, MESH.model).rank
+def _histogram(
+    graph: nnx.GraphDef, mesh: Mesh, state: nnx.State, x: jax.Array, used_rows: jax.Array, high: jax.Array
+) -> jax.Array:
+    """How many ranks of the used rows [B] there are by their upper 16 bits [S, BINS]; or where `high` [S] is not
+    negative, by their lower 16 bits, of the ranks with these upper bits. Negative ranks count as 0."""
 
-    # Ranks are alike on all shards of `model`, which the types of shard_map cannot tell.
-    split = jax.shard_map(local, mesh=mesh, in_specs=(specs(state), ROWS), out_specs=P(None, *ROWS), check_vma=False)
-    return jax.lax.with_sharding_constraint(split(state, x), NamedSharding(mesh, P()))
+    def local(state: nnx.State, x: jax.Array, used_rows: jax.Array, high: jax.Array) -> jax.Array:
+        clt: CLT = nnx.merge(graph, state)
+        rank = clt.rank(clt.pre_activations(clt.normalise_inputs(x[:, : len(clt.wiring.sources)])))
+        bits = jax.lax.bitcast_convert_type(jnp.maximum(rank, 0.0), jnp.int32)  # in the order of the floats
+        upper, lower, high = bits // BINS, bits % BINS, high[:, None, None]
+        place = jnp.where(high < 0, upper, jnp.where(upper == high, lower, BINS))
+        place = jnp.where(used_rows[None, :, None], place, BINS)
+        source = jnp.arange(len(rank))[:, None, None]
+        found = varying_like(jnp.zeros((len(rank), BINS), jnp.int32), place).at[source, place].add(1, mode="drop")
+        return total(total(found, MESH.data), MESH.model)
+
+    inputs = specs(state), ROWS, ROWS, P()
+    return jax.shard_map(local, mesh=mesh, in_specs=inputs, out_specs=P())(state, x, used_rows, high)
 
 
 def calibrate(
-    clt: CLT, batches: Iterable[tuple[Batch, np.ndarray]], used_groups: Sequence[int], mesh: Mesh
+    clt: CLT, batches: Callable[[], Iterable[tuple[Batch, np.ndarray]]], used_groups: Sequence[int], mesh: Mesh
 ) -> np.ndarray:
     """What h |W_dec| must reach [S] so that a token has as many active features as in training, on average.
 
-    For topk_joint one number for all sources, for batchtopk one each: the quantile of the candidates of these rows.
+    For topk_joint one number for all sources, for batchtopk one each: the n-th largest rank of all features on the used
+    ones of these rows, n = k times rows. Found exactly in two passes over `batches()`, without sorting: first its upper
+    bits, then its lower ones. UserError where none of the rows is used.
     """
     graph, state = nnx.split(clt)
-    found = []
-    for x, _, group in on_mesh(batches, mesh):
-        rank = np.asarray(_ranks(graph, mesh, state, x))
-        found.append(rank[:, np.isin(group, used_groups)])
-    ranks = np.concatenate(found, 1)  # [S, N, C]
-    S, N, _ = ranks.shape
-    pooled = [ranks.ravel()] * S if clt.activation == "topk_joint" else list(ranks.reshape(S, -1))
-    wanted = [sum(clt.k)] * S if clt.activation == "topk_joint" else clt.k
-    cut = [
-        np.partition(one, -k * N)[-k * N] if k * N <= one.size else 0.0 for one, k in zip(pooled, wanted, strict=True)
-    ]
-    return np.maximum(np.array(cut, np.float32), 0)
+    joint = clt.activation == "topk_joint"
+    k = np.array([sum(clt.k)] * len(clt.k) if joint else clt.k)
+
+    def histogram(high: np.ndarray) -> tuple[np.ndarray, int]:
+        """[S, BINS] and the number of rows."""
+        found, rows = np.zeros((len(k), BINS), np.int64), 0
+        for x, _, group in on_mesh(batches(), mesh):
+            used = np.isin(group, used_groups)
+            found += np.asarray(_histogram(graph, mesh, state, x, spread(used, mesh), jnp.asarray(high, jnp.int32)))
+            rows += int(used.sum())
+        return np.broadcast_to(found.sum(0), found.shape) if joint else found, rows
+
+    bits, left = np.zeros(len(k), np.int64), None
+    for which in ("upper", "lower"):
+        counts, rows = histogram(np.full(len(k), -1) if which == "upper" else bits)
+        if rows == 0:
+            raise UserError("none of the val rows is used, which thresholds are calibrated on: capture more samples")
+        left = k * rows if left is None else left
+        above = np.cumsum(counts[:, ::-1], 1)[:, ::-1]  # ranks in this bin and higher ones
+        place = np.maximum((above >= left[:, None]).sum(1) - 1, 0)
+        left = left - (above - counts)[np.arange(len(k)), place]
+        bits = bits * BINS + place
+    return bits.astype(np.int32).view(np.float32)
 
 
 def summary(

@@ -124,10 +124,13 @@ class Frozen:
     inputs: tuple[int, ...]
     targets: tuple[tuple[int, int], ...]
 
-    def contributions(self, arrays: nnx.State, x: jax.Array, clt: CLT, axes: Axes) -> jax.Array:
-        """What it writes to the targets of `clt`, in its units [B, T, D]: here the part of this shard's features."""
+    def contributions(self, arrays: nnx.State, x: jax.Array, clt: CLT, axes: Axes, whole: bool) -> jax.Array:
+        """What it writes to the targets of `clt`, in its units [B, T, D]: here the part of this shard's features.
+
+        whole: of all its active features, and not only of as many as it has slots for.
+        """
         frozen: CLT = nnx.merge(self.graph, arrays)
-        written = frozen.contributions(*frozen.encode(x[:, self.inputs], axes))
+        written = active_contributions(frozen, x[:, self.inputs], axes, whole)
         theirs, ours = map(list, zip(*self.targets, strict=True))
         scale = (frozen.out_std[...][jnp.array(theirs)] / clt.out_std[...][jnp.array(ours)])[:, None]
         y_hat = varying_like(jnp.zeros((len(x), *clt.b_dec[...].shape)), written)
@@ -141,19 +144,27 @@ class Frozen:
         return jnp.zeros_like(clt.b_dec[...]).at[ours].add(frozen.b_dec[...][theirs] * scale)
 
 
+def active_contributions(clt: CLT, x: jax.Array, axes: Axes, whole: bool) -> jax.Array:
+    """What a trained CLT writes for raw inputs x [B, S, D]: [B, T, D], without b_dec."""
+    if whole and clt.activation != "topk":
+        return clt.contributions_of_codes(clt.codes(x))
+    return clt.contributions(*clt.encode(x, axes))
+
+
 def predict(
     clt: CLT,
-    values: jax.Array,
-    indices: jax.Array,
+    written: jax.Array,
     x: jax.Array,
     frozen: Sequence[Frozen],
     arrays: Sequence[nnx.State],
     axes: Axes,
+    whole: bool = False,
 ) -> jax.Array:
-    """Normalised predictions [B, T, D] of a CLT's active features together with frozen ones'; one sum over `model`."""
-    y_hat, bias = clt.contributions(values, indices), clt.b_dec[...]
+    """Normalised predictions [B, T, D]: what a CLT's active features have `written` on this shard, together with what
+    frozen ones write (`whole`: Frozen.contributions); one sum over `model`."""
+    y_hat, bias = written, clt.b_dec[...]
     for one, held in zip(frozen, arrays, strict=True):
-        y_hat = y_hat + jax.lax.stop_gradient(one.contributions(held, x, clt, axes))
+        y_hat = y_hat + jax.lax.stop_gradient(one.contributions(held, x, clt, axes, whole))
         bias = bias + jax.lax.stop_gradient(one.bias(held, clt))
     return total(y_hat, axes.model) + bias
 
@@ -188,7 +199,7 @@ def make_gradients(
         k = k_at(clt.k, config.model.features, config.sparsity, config.steps, state.step)
         active = activate(clt, normal, k, slots, config.sparsity.bandwidth, MESH)
         target = clt.normalise_targets(y)
-        y_hat = predict(clt, active.values, active.indices, x, frozen, arrays, MESH)
+        y_hat = predict(clt, clt.contributions(active.values, active.indices), x, frozen, arrays, MESH)
         errors = squared_errors(y_hat, target).sum(0)
         weights = jnp.array(config.target_weights) if config.target_weights else jnp.ones(errors.shape)
         loss = weights @ errors / tokens

@@ -217,7 +217,7 @@ def validation(
         return split_batches(store, inputs, clt.wiring.targets, rules.group, "val", max_rows=most)
 
     if calibrated:
-        cut = calibrate(clt, rows(CALIBRATION_ROWS), rules.used_groups, mesh)
+        cut = calibrate(clt, partial(rows, CALIBRATION_ROWS), rules.used_groups, mesh)
         clt.cut[...] = jax.device_put(cut, clt.cut[...].sharding)
         state = state._replace(constants=nnx.split(clt, nnx.Param, ...)[2])
     if not config.log.val_rows:

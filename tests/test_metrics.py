@@ -1,15 +1,18 @@
 """FVU, calibration slope, L0 and dead features against their definitions in float64."""
 
+import dense
 import jax
 import numpy as np
 import pytest
 from stores import synthetic_store
 
-from cltjax.batches import split_batches
+from cltjax.batches import Batch, split_batches
 from cltjax.clt import CLT
 from cltjax.config import ModelConfig, TokensConfig
-from cltjax.metrics import Fit, Measured, fit_sums, measure, membership_of, summary
-from cltjax.normalisation import normalisation_of
+from cltjax.distributed import make_mesh
+from cltjax.errors import UserError
+from cltjax.metrics import Fit, Measured, calibrate, fit_sums, measure, membership_of, summary
+from cltjax.normalisation import Normalisation, normalisation_of
 from cltjax.tokens import GROUPS, NormLimits, token_rules
 from cltjax.wiring import wire
 
@@ -148,3 +151,70 @@ def test_a_group_without_rows_is_left_out():
     by = fit.figures((1, 2, 3), USED)["1"]
     assert by.keys() == {"all", "text"} and by["all"] == by["text"]
     assert fit.figures((1, 2, 3), (1, 2))["1"].keys() == {"text"}  # none of the rows is trained on
+
+
+def with_thresholds(activation, slots=5, **sizes):
+    """A CLT of which tokens have more active features than it has slots for; rows of several groups with it."""
+    wiring = wire("all", 3, 0, 2)
+    rng = np.random.default_rng(7)
+    scales = Normalisation(*(rng.uniform(0.5, 2, shape).astype(np.float32) for shape in ((3, 7), 3, (3, 7), 3)))
+    shape = ModelConfig(F, **{"k": (2, 3, 5), "activation": activation, "slots": slots} | sizes)
+    clt = CLT(wiring, shape, scales, jax.random.key(2))
+    for W in (clt.W_enc, clt.b_enc, *clt.W_dec.values()):
+        W[...] = rng.normal(size=W[...].shape).astype(np.float32)
+    clt.cut[...] = np.array([1, 2, 3], np.float32)
+
+    def batch(n):
+        rows = (rng.normal(1, 2, (n, 3, 7)).astype(np.float32) for _ in range(2))
+        return Batch(*rows), rng.integers(0, 4, n).astype(np.uint8)
+
+    return clt, [batch(n) for n in (29, 29, 12)]
+
+
+@pytest.mark.parametrize("activation", ["batchtopk", "jumprelu", "relu"])
+@pytest.mark.parametrize("shape", ["1x1", "2x1"])
+def test_all_features_above_their_thresholds_are_measured(activation, shape):
+    """However many a token has: slots bound training only."""
+    clt, batches = with_thresholds(activation)
+    measured = measure(clt, batches, USED, mesh=make_mesh(shape))
+    x, y = (np.concatenate([getattr(batch, which) for batch, _ in batches]).astype(np.float64) for which in "xy")
+    group = np.concatenate([group for _, group in batches])
+    weights = {"W_enc": clt.W_enc[...], "b_enc": clt.b_enc[...], "W_dec": {s: W[...] for s, W in clt.W_dec.items()}}
+    if activation == "jumprelu":
+        weights["log_threshold"] = clt.log_threshold[...]
+    weights = dense.as_float64(weights)
+    normal = (x - clt.in_mean[...]) / np.asarray(clt.in_std[...], np.float64)[:, None]
+    tau = np.asarray(clt.cut[...], np.float64) if activation == "batchtopk" else None
+    codes = dense.encode(weights, normal, dense.Rule(activation, clt.k, F, tau=tau), clt.wiring).codes
+    used = np.isin(group, USED)
+    assert (codes[:, used] > 0).sum(-1).max() > clt.slots
+    assert (measured.firing.fired == (codes[:, used] > 0).sum(1)).all()
+    assert (measured.firing.active == [[(codes[s, group == m] > 0).sum() for s in range(3)] for m in range(4)]).all()
+    y_hat = dense.decode_codes(weights["W_dec"], np.zeros((3, 7)), codes, clt.wiring)
+    error = np.square((y - clt.out_mean[...]) / np.asarray(clt.out_std[...])[:, None] - y_hat).sum(-1)
+    np.testing.assert_allclose(measured.fit.error, [error[group == m].sum(0) for m in range(4)], rtol=1e-4)
+
+
+@pytest.mark.parametrize("activation", ["batchtopk", "topk_joint"])
+@pytest.mark.parametrize("shape", ["1x1", "2x1"])
+def test_thresholds_leave_k_features_on_average(activation, shape):
+    """The k N-th largest rank of the used rows exactly, by source or over all: not of the candidates alone."""
+    clt, batches = with_thresholds(activation)
+    cut = calibrate(clt, lambda: iter(batches), USED, make_mesh(shape))
+    x = np.concatenate([batch.x for batch, _ in batches])
+    used = np.isin(np.concatenate([group for _, group in batches]), USED)
+    rank = np.asarray(clt.rank(clt.pre_activations(clt.normalise_inputs(x))))[:, used]
+    active = (rank >= np.float32(1 - 1e-6) * cut[:, None, None]).sum((1, 2))  # other products round otherwise
+    if activation == "topk_joint":
+        assert len(set(cut.tolist())) == 1 and active.sum() == 10 * used.sum()
+    else:
+        assert (active == np.array([2, 3, 5]) * used.sum()).all()
+    assert (np.sort(rank, -1)[..., -clt.slots - 1] > cut[:, None]).any()  # tokens with more than the slots hold
+
+
+def test_thresholds_where_nearly_nothing_is_positive():
+    clt, batches = with_thresholds("batchtopk", k=5)
+    clt.b_enc[...] = clt.b_enc[...] - 1e3
+    assert (calibrate(clt, lambda: iter(batches), USED, make_mesh("1x1")) == 0).all()
+    with pytest.raises(UserError, match="none of the val rows"):
+        calibrate(clt, lambda: iter(batches), (), make_mesh("1x1"))
