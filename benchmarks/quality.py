@@ -23,6 +23,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib import metadata
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,8 @@ def main() -> None:
     rates = {kind.name: bench.best_rate(kind) for kind in SWEPT}
     rows = table_rows(rates)
     for part in options.parts:
-        bench.run(trial for row in rows if row.part == part for trial in row.trials)
+        by_seed = zip_longest(*(row.runs for row in rows if row.part == part), fillvalue=())  # all rows have one first
+        bench.run(trial for runs in by_seed for run in runs for trial in run)
     bench.report(rows)
 
 
@@ -129,10 +131,6 @@ class Row:
     k: int
     lr: float
     runs: tuple[tuple[Trial, ...], ...]
-
-    @property
-    def trials(self) -> tuple[Trial, ...]:
-        return tuple(trial for run in self.runs for trial in run)
 
 
 def table_rows(rates: dict[str, float]) -> list[Row]:
