@@ -1,4 +1,7 @@
-"""Measure a trained run on a store's test rows: python evaluate.py --clt runs/L0 --store activations [--ridge]"""
+"""Measure a trained run on a store's test rows.
+
+python evaluate.py --clt runs/L0 --store activations [--best] [--ridge]
+"""
 
 from cltjax.command import run
 from cltjax.config import EvaluateConfig

@@ -42,7 +42,7 @@ def main() -> None:
         model, store, run = (str(Path(folder) / name) for name in ("model", "store", "run"))
         stage("model", "-m", "benchmarks.shaped_vlm", "--width", "1024", "--layers", "8", "--out", model)
         capture = ("--model", model, "--out", store, "--max-samples", str(options.samples), "--batch-size", "4")
-        train = ("--layer", "0", "--store", store, "--out", run, "--steps", str(options.steps))
+        train = ("--layer", "0", "--store", store, "--out", run, "--steps", str(options.steps), "--warmup", "0")
         size = ("--model.features", str(options.features), "--model.k", "32", "--lr", "4e-4")
         peaks = [
             stage("capture", "capture/run.py", *capture),

@@ -253,15 +253,23 @@ def split_batches(
     group: np.ndarray,
     split: str,
     size: int = 2048,
-    max_rows: int | None = None,
 ) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Rows of one split in order, `size` at a time, with each row's group [B]: used rows and left-out ones.
+    """All rows of one split as `row_batches`: used rows and left-out ones."""
+    return row_batches(store, sources, targets, group, store.rows_of(split), size)
 
-    group: [N] of all rows of the store (`TokenRules.group`). max_rows: at most so many, from all over the split.
+
+def row_batches(
+    store: ActivationStore,
+    sources: Sequence[int],
+    targets: Sequence[int],
+    group: np.ndarray,
+    rows: np.ndarray,
+    size: int = 2048,
+) -> Iterator[tuple[Batch, np.ndarray]]:
+    """`rows` [n] in order, `size` at a time, with each row's group [B].
+
+    group: [N] of all rows of the store (`TokenRules.group`).
     """
-    rows = store.rows_of(split)
-    if max_rows is not None and len(rows) > max_rows:
-        rows = sample_rows(rows, max_rows, store.block_rows)
     for start in range(0, len(rows), size):
         chosen = rows[start : start + size]
         yield read_rows(store, sources, targets, chosen), group[chosen]
@@ -269,6 +277,8 @@ def split_batches(
 
 def sample_rows(rows: np.ndarray, most: int, page_rows: int) -> np.ndarray:
     """At most `most` of `rows` [N], ascending: whole pages, which cost little to read, at equal distances."""
+    if len(rows) <= most:
+        return rows
     pages, wanted = -(-len(rows) // page_rows), -(-most // page_rows)
     starts = np.arange(wanted) * pages // wanted * page_rows
     places = (starts[:, None] + np.arange(page_rows)).ravel()

@@ -3,63 +3,143 @@
 Checkpoints are saved and restored by all processes of a run; the rest is read by all and written by process 0.
 """
 
+import hashlib
 import json
+import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
-from cltjax.config import differing
+from cltjax.checksum import checksum
+from cltjax.config import NOT_THE_RUN, differing
 from cltjax.distributed import agree, is_main, together
 from cltjax.errors import UserError
-from cltjax.files import write_json
+from cltjax.files import naming, temporary_name, write_json
 from cltjax.store import ActivationStore
 
 CONFIG, METRICS, TIMING, SUMMARY = "config.json", "metrics.jsonl", "timing.jsonl", "metrics.json"
+CHECKPOINTS = "checkpoints"
+CHECKSUM = "checksum"
+
+# Orbax logs the errors that it raises, each several times and with the traceback of a thread.
+logging.getLogger("absl").addFilter(lambda record: record.levelno < logging.ERROR)
 
 
 class Checkpoints:
     """The checkpoints of one run: the last one is kept, and the one with the best validation FVU. Saving goes on in
     the background."""
 
-    def __init__(self, run: Path) -> None:
-        self.folder = (run / "checkpoints").absolute()
+    def __init__(self, run: Path, measured: bool = True) -> None:
+        """measured: whether those to be saved have a validation FVU. UserError where those that are there are damaged.
+
+        What Orbax raises is of no type of its own, so all of it is taken for what is wrong with the files.
+        """
+        self.folder = (run / CHECKPOINTS).absolute()
         policies = ocp.checkpoint_managers
         best = policies.BestN(get_metric_fn=worth, n=1, keep_checkpoints_without_metrics=False)
         keep = policies.AnyPreservationPolicy([policies.LatestN(1), best])
-        options = ocp.CheckpointManagerOptions(best_fn=worth, best_mode="max", preservation_policy=keep, create=True)
-        self.manager = ocp.CheckpointManager(self.folder, options=options)
+        options = ocp.CheckpointManagerOptions(
+            best_fn=worth if measured else None, best_mode="max", preservation_policy=keep, create=True
+        )
+        try:
+            self.manager = ocp.CheckpointManager(self.folder, options=options)
+            self.manager.best_step()  # reads what was measured
+        except Exception as error:
+            raise UserError(
+                f"{self.folder} cannot be read ({reason(error)}): restore it from a copy, or delete {run} and train "
+                "again"
+            ) from error
 
     def save(self, step: int, state: Any, meta: dict[str, Any], val_fvu: float | None) -> None:
-        """Begin to save `state` (a pytree of arrays) and `meta` (JSON) as they are after `step` steps."""
-        composite = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-        self.manager.save(step, args=composite, metrics=None if val_fvu is None else {"val_fvu": val_fvu})
+        """Begin to save `state` (a pytree of 32-bit arrays) and `meta` (JSON) as they are after `step` steps.
+
+        UserError where this, or what was begun before, cannot be saved.
+        """
+        self.wait()
+        with together():
+            self.check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+        whole = meta | {CHECKSUM: checksum(state, meta)}
+        composite = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(whole))
+        try:
+            self.manager.save(step, args=composite, metrics=None if val_fvu is None else {"val_fvu": val_fvu})
+        except Exception as error:
+            raise self.unsaved(error) from error
+
+    def wait(self) -> None:
+        """Until what is being saved is whole. UserError where it cannot be."""
+        try:
+            self.manager.wait_until_finished()
+        except Exception as error:
+            raise self.unsaved(error) from error
+
+    def check_room(self, size: int) -> None:
+        """UserError where so many bytes are more than the disk has. Orbax would find it out in the end, and say so in
+        hundreds of lines."""
+        free = shutil.disk_usage(self.folder).free
+        if free < size:
+            raise self.unsaved(OSError(f"{size / 2**20:,.0f} MiB are needed, {free / 2**20:,.0f} MiB are free"))
+
+    def unsaved(self, error: Exception) -> UserError:
+        """What to say where saving failed."""
+        kept = self.last()
+        left = "there is no earlier one" if kept is None else f"that of step {kept} is kept"
+        return UserError(
+            f"a checkpoint cannot be saved in {self.folder} ({reason(error)}); {left}. Mend that, and start the same "
+            "command again"
+        )
 
     def last(self) -> int | None:
         """Steps done at the last whole checkpoint."""
-        return self.manager.latest_step()
+        return last_step(self.folder.parent)
 
     def best(self) -> int | None:
         """Steps done at the checkpoint with the best validation FVU; the last one where none was measured."""
         return self.manager.best_step() or self.last()
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        """State and meta of a checkpoint; `like` gives the state's shapes, dtypes and shardings."""
+        """State and meta of a checkpoint; `like` gives the state's shapes, dtypes and shardings.
+
+        UserError where they cannot be read, or are not what was saved.
+        """
         composite = ocp.args.Composite(state=ocp.args.StandardRestore(like), meta=ocp.args.JsonRestore())
         try:
             found = self.manager.restore(step, args=composite)
-        except (ValueError, OSError, KeyError, TypeError) as error:  # what Orbax meets in files that are not whole
-            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            state, meta = found["state"], dict(found["meta"])
+        except Exception as error:
             raise UserError(
-                f"{self.folder / str(step)} cannot be restored ({reason}): restore it from a copy, or train again"
+                f"{self.folder / str(step)} cannot be read ({reason(error)}): restore it from a copy, or delete it and "
+                "train again"
             ) from error
-        return found["state"], found["meta"]
+        if meta.pop(CHECKSUM, None) != checksum(state, meta):
+            raise UserError(
+                f"{self.folder / str(step)} is damaged: what is read is not what was saved. Restore it from a copy, or "
+                "delete it and train again"
+            )
+        return state, meta
 
     def close(self) -> None:
         """Wait for what is being saved."""
-        self.manager.wait_until_finished()
+        self.wait()
         self.manager.close()
+
+
+def reason(error: Exception) -> str:
+    """What Orbax says, in so few words that a line holds them."""
+    said = " ".join(str(error).partition("See full TensorStore details")[0].split())
+    if "No space left on device" in said:  # at the end of a long message
+        return "no space left on device"
+    return f"{said[:160]}..." if len(said) > 160 else said or type(error).__name__
+
+
+def last_step(run: Path) -> int | None:
+    """Steps done at the last whole checkpoint of a run. Creates nothing; Orbax names a folder so once it is whole."""
+    folder = run / CHECKPOINTS
+    found = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
+    return max(found, default=None)
 
 
 def worth(metrics: dict[str, float]) -> float:
@@ -83,22 +163,48 @@ def identity(store: ActivationStore) -> dict[str, Any]:
     }
 
 
+def without_paths(data: dict[str, Any]) -> dict[str, Any]:
+    """A run's data but for where the runs lie that it is trained beside: moved, they are still the same."""
+    given = data.get("given_runs", {})
+    return data | {"given_runs": {name: {key: pin[key] for key in ("step", "digest")} for name, pin in given.items()}}
+
+
+def digest_of(found: dict[str, Any], step: int) -> str:
+    """sha256 of what a run's weights after `step` steps follow from: its configuration and data (config.json's content)
+    without paths, mesh and the like."""
+    config = {name: value for name, value in found["config"].items() if name not in NOT_THE_RUN}
+    text = json.dumps([config, without_paths(found["data"]), step], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def claim(run: Path, config: dict[str, Any], data: dict[str, Any], resumable: bool) -> None:
-    """Write config.json, or find that the run there is another one (UserError naming the first field that differs)."""
+    """Write config.json, or find that the run there is another one (UserError naming the first field that differs).
+
+    To be called before anything else is written into `run`, which `check_folder` has let pass.
+    """
     resolved = json.loads(json.dumps({"config": config, "data": data}))  # as it will be read back
     path = run / CONFIG
     with together():  # all have read what is there before it is written anew
-        if path.exists():
-            read_config(run)  # else it is somebody else's config.json
         if resumable:
             old = read_config(run)
-            for part in ("config", "data"):
-                if difference := differing(old[part], resolved[part]):
+            for part, plain in (("config", dict), ("data", without_paths)):
+                if difference := differing(plain(old[part]), plain(resolved[part])):
                     raise UserError(f"{run} holds another run ({part} {difference}): name another --out, or delete it")
     with together():
         if is_main():
             write_json(path, resolved)
     agree(f"another {path}", path.read_text(encoding="utf-8") if path.exists() else None)
+
+
+def check_folder(run: Path, store: Path) -> None:
+    """UserError where `run` is a folder of something else. It may be absent, empty, or a run directory."""
+    whole = run.resolve()
+    if store.resolve() in (whole, *whole.parents):
+        raise UserError(f"--out {run} is in the activation store: name another folder")
+    if (run / CONFIG).exists():
+        read_config(run)
+    elif run.exists() and any(path.name != temporary_name(CONFIG) for path in run.iterdir()):
+        raise UserError(f"--out {run} is not empty, and no run directory: it has no {CONFIG}. Name another folder")
 
 
 def read_config(run: Path) -> dict[str, Any]:
@@ -110,9 +216,16 @@ def read_config(run: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}): restore it, or delete {run} and train again") from error
-    if not isinstance(found, dict) or {"config", "data"} - found.keys():
+    if not (isinstance(found, dict) and isinstance(found.get("config"), dict) and is_data(found.get("data"))):
         raise UserError(f"{path} is not the configuration of a training run: name another folder")
     return found
+
+
+def is_data(data: Any) -> bool:
+    """Whether this is what `identity` makes, as far as a run is read by it."""
+    model = data.get("model") if isinstance(data, dict) else None
+    sizes = [model.get(name) for name in ("n_layers", "d_model")] if isinstance(model, dict) else [None]
+    return all(isinstance(size, int) for size in sizes) and {"site", "outliers"} <= data.keys()
 
 
 class Lines:
@@ -123,14 +236,15 @@ class Lines:
         present = path.stat().st_size if path.exists() else 0
         if present < size:
             raise UserError(f"{path} is shorter than its checkpoint says: restore it, or delete {path.parent}")
-        self.file = path.open("ab") if is_main() else None
+        self.path, self.file = path, path.open("ab") if is_main() else None
         if self.file:
             self.file.truncate(size)
 
     def add(self, value: dict[str, Any]) -> None:
         if self.file:
-            self.file.write(json.dumps(value).encode() + b"\n")
-            self.file.flush()
+            with naming(self.path):
+                self.file.write(json.dumps(value).encode() + b"\n")
+                self.file.flush()
 
     def size(self) -> int:
         """Bytes that are safely on disk; 0 on processes that write none."""
@@ -141,7 +255,8 @@ class Lines:
 
     def close(self) -> None:
         if self.file:
-            self.file.close()
+            with naming(self.path):
+                self.file.close()
 
 
 def whole_lines(path: Path) -> int:

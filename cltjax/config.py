@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import math
 import runpy
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +15,10 @@ from typing import Any, Literal
 
 from cltjax.errors import UserError
 from cltjax.store_format import brief, differences
+from cltjax.typed import check_types, converted
 
 # Fields in which two runs may differ and still be the same: where things lie, what computes, how it is looked at.
-NOT_THE_RUN = ("store", "out", "config", "log", "mesh", "processes")
+NOT_THE_RUN = ("store", "out", "config", "given", "log", "mesh", "processes")
 
 Activation = Literal["topk", "topk_joint", "batchtopk", "jumprelu", "relu"]
 K_RULES = ("topk", "topk_joint", "batchtopk")  # the rules that `k` sets; the others are steered by a penalty
@@ -36,8 +38,8 @@ class ModelConfig:
     ranked by activation x decoder norm; batchtopk: k per source on average over a batch, ranked likewise; jumprelu:
     thresholds learned under a tanh penalty; relu: an L1 penalty."""
     slots: int | None = None
-    """Most features that can be active on a token in one source, for rules other than topk, where the number varies;
-    the largest win. Memory and time grow with it. By default 4 k, and all features where these are fewer."""
+    """Most features that can be active on a training token in one source, for rules other than topk, where the number
+    varies; the largest win. Memory and time grow with it. By default 4 k, and all features where these are fewer."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class SparsityConfig:
     auxk_features: int = 32
     """Dead features per token and source that AuxK uses."""
     revive: float = 0.0
-    """Weight of the pre-activation penalty: dead features are pushed towards firing (jumprelu, relu: try 3e-6)."""
+    """Weight of the penalty that pushes dead features towards firing (try 2e-4, with dead_after 20,000)."""
 
 
 @dataclass(frozen=True)
@@ -153,9 +155,10 @@ class TrainConfig:
     n_targets: int = 16
     """Target layers of each source, cut to the model's depth."""
     given: tuple[Path, ...] = ()
-    """Earlier runs on the same store that stay as they are: this run is trained on what they leave."""
+    """Earlier, finished runs that stay as they are: this run is trained on what exactly these leave."""
     start_from: Path | None = None
-    """Earlier run of the same shape whose weights this run starts from (fine-tuning)."""
+    """Earlier run with the same sources, targets and features that this run starts from as it is (fine-tuning); it may
+    have been trained on other rows or tokens of the same model."""
     steps: int = 2500
     """Optimiser steps."""
     batch_size: int = 512
@@ -188,11 +191,19 @@ class TrainConfig:
     processes: ProcessesConfig = field(default_factory=ProcessesConfig)
 
     def check(self) -> None:
-        """Raise UserError where values cannot go together."""
+        """Raise UserError where a value is of another type than its field, or values cannot go together."""
+        check_types(self)
         ks = k_values(self.model.k, self.model.features)
-        for k in ks:
+        for k, given in zip(ks, as_tuple(self.model.k), strict=True):
+            if given >= 1 and k != given:
+                raise UserError(f"--model.k {given} must be a whole number, or below 1: a share of the features")
             if not 1 <= k <= self.model.features:
-                raise UserError(f"--model.k {k} is not between 1 and --model.features {self.model.features}")
+                raise UserError(
+                    f"--model.k {given:g} is not between 1 and --model.features {self.model.features}"
+                    + (f": it is {k} features" if given < 1 else "")
+                )
+        if not ks:
+            raise UserError("--model.k needs a number")
         slots = self.model.slots
         if slots is not None and not max(ks) <= slots <= self.model.features:
             raise UserError(
@@ -224,6 +235,7 @@ class TrainConfig:
             "sparsity.penalty": self.sparsity.penalty,
             "sparsity.auxk": self.sparsity.auxk,
             "sparsity.revive": self.sparsity.revive,
+            "sparsity.dead-after": self.sparsity.dead_after or 0,
             "log.val-rows": self.log.val_rows,
         }
         for name, value in at_least_0.items():
@@ -233,6 +245,11 @@ class TrainConfig:
         for name, value in shares.items():
             if not 0 <= value <= 1:
                 raise UserError(f"--{name} {value} is a share of the steps: between 0 and 1")
+        if self.warmup > self.steps:
+            raise UserError(f"--warmup {self.warmup} is longer than the run, of --steps {self.steps}: lower it")
+        if self.target_weights and not (min(self.target_weights) >= 0 < max(self.target_weights)):
+            weights = " ".join(f"{weight:g}" for weight in self.target_weights)
+            raise UserError(f"--target-weights {weights} must be 0 or above, and one of them above")
         if self.tokens.image_share is not None and not 0 <= self.tokens.image_share <= 1:
             raise UserError(f"--tokens.image-share {self.tokens.image_share} is not between 0 and 1")
         if not self.sparsity.k_start >= 1:
@@ -246,9 +263,14 @@ class TrainConfig:
         return 2e-4 / math.sqrt(self.model.features / 2**14) if self.lr is None else self.lr
 
 
+def as_tuple(k: float | tuple[float, ...]) -> tuple[float, ...]:
+    """`ModelConfig.k`: one number, or one a source."""
+    return k if isinstance(k, tuple) else (k,)
+
+
 def k_values(k: float | tuple[float, ...], features: int) -> tuple[int, ...]:
     """`ModelConfig.k` as whole numbers of features."""
-    return tuple(round(one * features) if one < 1 else round(one) for one in (k if isinstance(k, tuple) else (k,)))
+    return tuple(round(one * features) if one < 1 else round(one) for one in as_tuple(k))
 
 
 def slots_of(model: ModelConfig, k_start: float = 1.0) -> int:
@@ -275,6 +297,8 @@ class EvaluateConfig:
     """Run directory of train.py."""
     store: Path = Path("activations")
     """The activation store whose test rows are used."""
+    best: bool = False
+    """Measure the checkpoint with the best FVU on val rows, instead of the last."""
     ridge: bool = False
     """Also fit ridge regression from the same input on the store's train rows, as a baseline."""
     mesh: str = "1x1"
@@ -299,26 +323,15 @@ def as_json(config: TrainConfig) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
-def from_json(values: dict[str, Any]) -> TrainConfig:
-    """The configuration that `as_json` wrote. Raises UserError for fields this version does not know, or lacks."""
-
-    def build(kind: type, found: dict[str, Any]) -> Any:
-        fields = {f.name: f for f in dataclasses.fields(kind)}
-        for name in found.keys() - fields.keys():
-            near = difflib.get_close_matches(name, fields, 1)
-            raise UserError(f"config.json has an unknown field '{name}'" + (f" (near: {near[0]})" if near else ""))
-        made = {name: build(NESTED[name], value) if name in NESTED else value for name, value in found.items()}
-        for name in made.keys() & {"store", "out", "config", "start_from"}:
-            made[name] = None if made[name] is None else Path(made[name])
-        made = {name: tuple(value) if isinstance(value, list) else value for name, value in made.items()}
-        if "given" in made:
-            made["given"] = tuple(map(Path, made["given"]))
-        return kind(**made)
-
+def from_json(values: Any) -> TrainConfig:
+    """The configuration that `as_json` wrote. UserError for fields this version does not know, or lacks, and for values
+    that are none of theirs."""
     try:
-        return build(TrainConfig, values)
-    except TypeError as error:
+        config = converted(values, TrainConfig)
+        check_types(config)
+    except (TypeError, UserError) as error:
         raise UserError(f"config.json is not a training configuration: {error}") from error
+    return config
 
 
 def differing(old: dict[str, Any], new: dict[str, Any]) -> str | None:
@@ -355,11 +368,33 @@ def read_config_file(args: Sequence[str]) -> TrainConfig | None:
             value = args[position + 1]
         if not Path(value).is_file():
             raise UserError(f"--config {value}: no such file (configs/ has some)")
-        try:
-            found = runpy.run_path(value).get("config")
-        except (SyntaxError, TypeError, NameError, ImportError) as error:
-            raise UserError(f"--config {value}: {error}{_nearest(str(error))}") from error
-        if not isinstance(found, TrainConfig):
-            raise UserError(f"--config {value}: the file must define `config = TrainConfig(...)`")
-        return found
+        return run_config_file(value)
     return None
+
+
+def run_config_file(name: str) -> TrainConfig:
+    """The `config` that a Python file defines. UserError, with the line where there is one, for whatever fails in it,
+    and for values of a wrong type."""
+    try:
+        found = runpy.run_path(name).get("config")
+    except (Exception, SystemExit) as error:  # whatever can go wrong in a file that anybody wrote
+        line = _line_of(error, name)
+        where, kind = name if line is None else f"{name}, line {line}", type(error).__name__
+        what = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
+        raise UserError(f"--config {where}: {kind}{what and ': '}{what}{_nearest(what)}") from error
+    if not isinstance(found, TrainConfig):
+        raise UserError(f"--config {name}: the file must define `config = TrainConfig(...)`")
+    try:
+        made = converted(found, TrainConfig)
+        check_types(made)
+    except (TypeError, UserError) as error:
+        raise UserError(f"--config {name}: {error}") from error
+    return made
+
+
+def _line_of(error: BaseException, file: str) -> int | None:
+    """The line of `file` that an error came from: the last that was run there, or the one that cannot be read."""
+    if isinstance(error, SyntaxError) and error.filename == file:
+        return error.lineno
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return lines[-1] if lines else None

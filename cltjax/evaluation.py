@@ -1,6 +1,8 @@
 """Measure a run on a store's test rows, print the table, and write it into the run directory."""
 
 import dataclasses
+import json
+import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from cltjax.batches import Batch, read_ahead, split_batches
-from cltjax.checkpoint import SUMMARY, identity, read_config
+from cltjax.checkpoint import SUMMARY, identity
 from cltjax.clt import CLT
-from cltjax.config import EvaluateConfig, ModelConfig, TrainConfig
+from cltjax.config import EvaluateConfig, TrainConfig
 from cltjax.distributed import agree, is_main, make_mesh, say, start, together
 from cltjax.errors import UserError
 from cltjax.files import write_json
@@ -21,34 +23,42 @@ from cltjax.metrics import EVERY, mean_fvu, measure, summary
 from cltjax.normalisation import Normalisation
 from cltjax.plots import draw
 from cltjax.ridge import fit_ridge, measure_ridge, sum_moments
-from cltjax.runs import freeze, load
+from cltjax.runs import Trained, check_unchanged, freeze, input_layers, load, load_given
 from cltjax.store import ActivationStore
 from cltjax.store_format import differences
 from cltjax.tokens import NormLimits, TokenRules, token_rules
 from cltjax.training import train
+from cltjax.wiring import Wiring
 
 QUIET = 5.0  # seconds between two lines of progress
+RIDGE_SHARE = 0.5  # of the machine's memory that ridge may take
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Test FVU by target and modality, L0, dead features; the figures are also written into the run directory."""
+    """Test FVU by target and modality, L0, dead features; the figures are also written into the run directory.
+
+    UserError where the run cannot be measured on this store, or one that it was given is missing or has changed.
+    """
     start(config.processes)
     with together():
         mesh = make_mesh(config.mesh)
-        read_config(config.clt)
         store = ActivationStore.open(config.store)
-    trained = load(config.clt, mesh)
+    trained = load(config.clt, mesh, config.best)
+    given = load_given(config.clt, trained.config.given, mesh)
     clt, tokens = trained.clt, trained.config.tokens
-    agree("another store or checkpoint", [trained.data, trained.step, identity(store)])
+    agree("another store or run", [trained.data, identity(store)])
     with together():
         check_match(config.clt, trained.data, store)
-        sources, targets = trained.sources, clt.wiring.targets
+        check_unchanged(trained, given)
+        sources, targets = input_layers(clt.wiring, given), clt.wiring.targets
         store.axis_of([*sources, *targets])
+        if config.ridge:
+            check_ridge(trained)
         limits = NormLimits(**{which: tuple(found) for which, found in trained.data["outliers"].items()})
         rules = token_rules(store, sources, targets, tokens, limits)
         rules.some_rows("test")
-        frozen, arrays = freeze(clt.wiring, trained.family)
-    figures: dict[str, Any] = {"split": "test", "store": str(store.path)}
+        frozen, arrays = freeze(clt.wiring, given)
+    figures = {"split": "test", "store": str(store.path)} | about(trained, config.best)
     with read_ahead(split_batches(store, sources, targets, rules.group, "test")) as batches:
         rows = len(store.rows_of("test"))
         said = progress(batches, rows, "measuring")
@@ -58,15 +68,52 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         figures["ridge"] = ridge_figures(clt, store, rules)
     with together():
         if is_main():
-            report(config.clt, trained.config.model, figures)
+            report(trained, store, figures)
     return figures
 
 
-def report(run: Path, model: ModelConfig, figures: dict[str, Any]) -> None:
-    """Write the figures into the run directory, draw the plots, print the table."""
-    write_figures(run, figures, dataclasses.asdict(model))
+def about(trained: Trained, best: bool) -> dict[str, Any]:
+    """Which weights are measured: part of the figures."""
+    which = "best" if best else "last"
+    return {"checkpoint": which, "step": trained.step, "steps": trained.config.steps, "digest": trained.digest}
+
+
+def report(trained: Trained, store: ActivationStore, figures: dict[str, Any]) -> None:
+    """Write the figures into the run directory, draw the plots, print the table.
+
+    On another store than the run was trained on, the figures are not the run's own: they get a file of their own, and
+    no plots.
+    """
+    run, model = trained.run, trained.config.model
+    own = is_own_store(trained, store)
+    if own:
+        figures |= earlier_ridge(run, figures)
+        write_figures(run, figures, dataclasses.asdict(model))
     show(figures, model.features, Console())
-    print("plots: " + "  ".join(str(path) for path in draw(run)))
+    if own:
+        print("plots: " + "  ".join(str(path) for path in draw(run)))
+    else:
+        file = run / f"metrics-{store.path.resolve().name}.json"
+        write_json(file, figures)
+        print(f"{run} was trained on another store than {store.path}: {SUMMARY} is left as it is, see {file}")
+
+
+def is_own_store(trained: Trained, store: ActivationStore) -> bool:
+    """Whether this is the data that the run was trained on."""
+    here = json.loads(json.dumps(identity(store)))  # as it is read back from config.json
+    return not differences({name: trained.data.get(name) for name in here}, here)
+
+
+def earlier_ridge(run: Path, figures: dict[str, Any]) -> dict[str, Any]:
+    """{"ridge"} of the metrics.json that is about to be replaced, where that has it, of the same weights and store."""
+    path = run / SUMMARY
+    if "ridge" in figures or not path.exists():
+        return {}
+    try:
+        before = json.loads(path.read_bytes())
+    except ValueError:  # damaged: it is replaced by a whole one
+        return {}
+    return {"ridge": before["ridge"]} if "ridge" in before and before.get("digest") == figures["digest"] else {}
 
 
 def check_match(run: Path, data: dict[str, Any], store: ActivationStore) -> None:
@@ -80,6 +127,33 @@ def scales_of(clt: CLT) -> Normalisation:
     """The normalisation inside a CLT."""
     constants = (clt.in_mean, clt.in_std, clt.out_mean, clt.out_std)
     return Normalisation(*(np.asarray(constant[...]) for constant in constants))
+
+
+def check_ridge(trained: Trained) -> None:
+    """UserError where ridge would not be a baseline from the same input, or would not fit into memory."""
+    if trained.config.given:
+        raise UserError(
+            f"--ridge is for runs without given ones: it would see only the sources of {trained.run}, whose figures "
+            "include those of the given runs"
+        )
+    needed = ridge_bytes(trained.clt.wiring, trained.clt.in_mean[...].shape[1])
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > RIDGE_SHARE * memory:
+        raise UserError(
+            f"--ridge from {len(trained.clt.wiring.sources)} sources needs about {needed / 2**30:,.1f} GiB, of "
+            f"{memory / 2**30:,.1f} GiB that this machine has: leave it out, or measure a run of fewer sources"
+        )
+
+
+def ridge_bytes(wiring: Wiring, D: int) -> int:
+    """About the most memory that ridge takes at a time, all in float64: moments of two splits and a product of one
+    batch; or the moments, weights, an eigendecomposition for each set of sources and what the largest is made with."""
+    S, T = len(wiring.sources), len(wiring.targets)
+    writers = [tuple(s for s, written in wiring.pairs if written == target) for target in wiring.targets]
+    sets = [D * len(one) for one in set(writers)]
+    moments = 2 * ((S * D) ** 2 + T * S * D**2)
+    solving = sum(n**2 for n in sets) + 4 * max(sets) * (max(sets) + D) + len(wiring.pairs) * D**2
+    return 8 * (moments + max((S * D) ** 2, solving))
 
 
 def ridge_figures(clt: CLT, store: ActivationStore, rules: TokenRules) -> dict[str, Any]:
@@ -147,6 +221,10 @@ def show(figures: dict[str, Any], features: int, console: Console) -> None:
         add("mean" if name == "CLT" else "", name, found["fvu"], None)
     add("any", "mean only", dict.fromkeys(figures["fvu"], 1.0), None)
     console.print(table)
+    if figures["checkpoint"] == "best":
+        print(f"the checkpoint with the best val FVU: step {figures['step']} of {figures['steps']}")
+    elif figures["step"] < figures["steps"]:
+        print(f"unfinished: step {figures['step']} of {figures['steps']}")
     print("rows: " + ", ".join(f"{n:,} {name}" for name, n in figures["rows_by_group"].items() if n), end="")
     print("; left out: " + (", ".join(f"{n:,} {name}" for name, n in figures["left_out"].items()) or "none"))
     for layer, by in figures["sources"].items():

@@ -1,97 +1,118 @@
 """Trained runs: what is read back from a run directory to measure it, to export it, or to train on what it leaves."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from cltjax.checkpoint import Checkpoints, read_config
+from cltjax.checkpoint import CONFIG, Checkpoints, digest_of, read_config
 from cltjax.clt import CLT
 from cltjax.config import TrainConfig, from_json
-from cltjax.distributed import check_features, make_mesh
+from cltjax.distributed import agree, check_features, make_mesh, together
 from cltjax.errors import UserError
-from cltjax.normalisation import blank
-from cltjax.step import Frozen, abstract_state, graph_of, initial_state, shardings
+from cltjax.normalisation import Normalisation, blank
+from cltjax.step import Frozen, abstract_state, graph_of, shardings
 from cltjax.store_format import differences
 from cltjax.wiring import Wiring, wire
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A run: its model (arrays on a mesh), configuration, the identity of its data, and the runs it was given."""
+    """A run: its own model (arrays on a mesh), its configuration and data, and what identifies these weights."""
 
     run: Path
     step: int
     clt: CLT
     config: TrainConfig
     data: dict[str, Any]
-    given: "tuple[Trained, ...]" = ()
-
-    @property
-    def family(self) -> "tuple[Trained, ...]":
-        """The runs that this one's predictions are added to."""
-        return with_their_given(self.given)
-
-    @property
-    def sources(self) -> tuple[int, ...]:
-        """The layers that must be read: this run's own sources, then the others that were given."""
-        return input_layers(self.clt.wiring, self.family)
+    digest: str
 
 
 def load(run: Path, mesh: Mesh | None = None, best: bool = False) -> Trained:
-    """The last checkpoint of a run (or that with the best validation FVU), on `mesh` (by default one device).
+    """The last checkpoint of a run (or that with the best validation FVU), on `mesh` (by default one device): its own
+    weights, not those of runs it was given. Not to be called inside of `together`.
 
     UserError where there is none, or its features do not divide into the mesh's shards.
     """
-    found = read_config(run)
-    config, data = from_json(found["config"]), found["data"]
+    mesh = mesh or make_mesh("1x1")
+    nothing = UserError(f"{run} has no checkpoint yet: run train.py again")
+    with together():
+        found = read_config(run)
+        config, data = from_json(found["config"]), found["data"]
+        check_features(mesh, config.model.features)
+        if not (run / "checkpoints").is_dir():
+            raise nothing
     wiring = wire(config.layer, data["model"]["n_layers"], config.offset, config.n_targets)
     scales = blank(wiring, data["model"]["d_model"])
-    nothing = UserError(f"{run} has no checkpoint yet: run train.py again")
-    if not (run / "checkpoints").is_dir():
-        raise nothing
-    mesh = mesh or make_mesh("1x1")
-    check_features(mesh, config.model.features)
     checkpoints = Checkpoints(run)
     try:
-        step = checkpoints.best() if best else checkpoints.last()
-        if step is None:
-            raise nothing
+        with together():
+            step = checkpoints.manager.best_step() if best else checkpoints.last()
+            if step is None:
+                raise UserError(f"{run} has no best checkpoint: no val FVU was measured") if best else nothing
+        agree(f"another checkpoint of {run}", step)
         state, _ = checkpoints.restore(step, abstract_state(config, wiring, scales, mesh))
     finally:
         checkpoints.close()
     clt = nnx.merge(graph_of(config, wiring, scales), state.parameters, state.constants)
-    return Trained(run, step, clt, config, data, load_given(config.given, mesh))
+    return Trained(run, step, clt, config, data, digest_of(found, step))
 
 
-def load_given(runs: Sequence[Path], mesh: Mesh) -> tuple[Trained, ...]:
-    """The runs that `--given` names."""
-    return tuple(load(run, mesh) for run in runs)
+def load_given(run: Path, given: Iterable[Path], mesh: Mesh) -> tuple[Trained, ...]:
+    """The runs that `run` is given, by their sources: in whatever order they are named, sums are the same.
+
+    UserError for one that is missing or unfinished. Not to be called inside of `together`.
+    """
+    paths = [path.absolute() for path in given]
+    with together():
+        for path in paths:
+            if not (path / CONFIG).is_file():
+                raise UserError(
+                    f"{run} needs the given run {path}, which is not there: put it back, or run train.py for {run} "
+                    "with --given where it is now"
+                )
+    loaded = [load(path, mesh) for path in paths]
+    with together():
+        for one in loaded:
+            if one.step < one.config.steps:
+                raise UserError(
+                    f"the given run {one.run} is unfinished, at step {one.step} of {one.config.steps}: finish it first"
+                )
+    return tuple(sorted(loaded, key=lambda one: one.clt.wiring.sources))
 
 
-def with_their_given(given: Sequence[Trained]) -> tuple[Trained, ...]:
-    """Given runs together with those that they were given themselves, each once."""
-    found: dict[Path, Trained] = {}
-    for one in given:
-        found |= {earlier.run: earlier for earlier in (*one.family, one)}
-    return tuple(found.values())
+def pins(given: Sequence[Trained]) -> dict[str, dict[str, Any]]:
+    """Which weights a run is trained beside, by their source layers: part of its data."""
+    return {one.clt.wiring.name: {"run": str(one.run), "step": one.step, "digest": one.digest} for one in given}
 
 
-def input_layers(wiring: Wiring, family: Sequence[Trained]) -> tuple[int, ...]:
-    """A run's own sources, then those of the runs it was given that are not among them."""
-    others = {source for one in family for source in one.clt.wiring.sources}
+def check_unchanged(trained: Trained, given: Sequence[Trained]) -> None:
+    """UserError for a given run that is another one than when `trained` was trained."""
+    pinned = trained.data.get("given_runs", {})
+    for name, pin in pins(given).items():
+        if pinned.get(name) != pin:
+            raise UserError(
+                f"{trained.run} was trained with the given run {pin['run']}, which has changed since: restore that, or "
+                f"train {trained.run} again"
+            )
+
+
+def input_layers(wiring: Wiring, given: Sequence[Trained]) -> tuple[int, ...]:
+    """A run's own sources, then those of the runs it is given that are not among them."""
+    others = {source for one in given for source in one.clt.wiring.sources}
     return (*wiring.sources, *sorted(others - set(wiring.sources)))
 
 
-def freeze(wiring: Wiring, family: Sequence[Trained]) -> tuple[tuple[Frozen, ...], tuple[nnx.State, ...]]:
+def freeze(wiring: Wiring, given: Sequence[Trained]) -> tuple[tuple[Frozen, ...], tuple[nnx.State, ...]]:
     """The given runs as a step takes them. UserError for one that writes to none of this run's targets."""
-    layers, frozen, arrays = input_layers(wiring, family), [], []
-    for one in family:
+    layers, frozen, arrays = input_layers(wiring, given), [], []
+    for one in given:
         theirs = one.clt.wiring
         shared = tuple(
             (theirs.targets.index(t), wiring.targets.index(t)) for t in theirs.targets if t in wiring.targets
@@ -104,29 +125,85 @@ def freeze(wiring: Wiring, family: Sequence[Trained]) -> tuple[tuple[Frozen, ...
     return tuple(frozen), tuple(arrays)
 
 
-def check_given(wiring: Wiring, family: Sequence[Trained], data: dict[str, Any]) -> None:
+def check_given(wiring: Wiring, given: Sequence[Trained], data: dict[str, Any]) -> None:
     """UserError where a given run has a source of this one, or the same as another, or was trained on other data."""
     taken: dict[int, str] = dict.fromkeys(wiring.sources, "this run")
-    for one in family:
+    for one in given:
         for source in one.clt.wiring.sources:
             if source in taken:
                 raise UserError(f"source {source} is in {taken[source]} and in --given {one.run}: name it once")
             taken[source] = str(one.run)
-        for name in ("model", "site"):
-            for field, was, here in differences({name: one.data[name]}, {name: data[name]}):
-                raise UserError(f"--given {one.run} was trained on a store with {field} {was}, this one has {here}")
+        check_same_model(f"--given {one.run}", one.data, data)
 
 
-def start_from(run: Path, config: TrainConfig, wiring: Wiring, mesh: Mesh) -> nnx.State:
-    """The weights of an earlier run, for one of the same shape. UserError where the shapes differ."""
+def check_same_model(what: str, theirs: dict[str, Any], data: dict[str, Any]) -> None:
+    """UserError where an earlier run was trained on activations of another model or site."""
+    for name in ("model", "site"):
+        for field, was, here in differences({name: theirs[name]}, {name: data[name]}):
+            raise UserError(f"{what} was trained on a store with {field} {was}, this one has {here}")
+
+
+def start_from(
+    run: Path, config: TrainConfig, wiring: Wiring, scales: Normalisation, data: dict[str, Any], mesh: Mesh
+) -> nnx.State:
+    """The weights that make this run, whose normalisation is `scales`, begin as the function that an earlier one is.
+
+    UserError where that is not possible: another model or site, other pairs, features, or kind of activation. Not to
+    be called inside of `together`.
+    """
+    with together():
+        found = read_config(run)
+        check_same_model(f"--start-from {run}", found["data"], data)
+        check_alike(run, from_json(found["config"]), config, wiring, data["model"]["n_layers"])
     earlier = load(run, mesh)
-    _, parameters, _ = nnx.split(earlier.clt, nnx.Param, ...)
-    scales = blank(wiring, earlier.clt.b_dec[...].shape[-1])
-    wanted = jax.eval_shape(partial(initial_state, config, wiring, scales)).parameters
-    here = jax.tree_util.tree_leaves_with_path(wanted)
-    there = dict(jax.tree_util.tree_leaves_with_path(parameters))
-    for path, leaf in here:
-        if path not in there or there[path].shape != leaf.shape:
-            name, had = jax.tree_util.keystr(path), there[path].shape if path in there else "nothing"
-            raise UserError(f"--start-from {run} has another shape: {name} {had} there, {leaf.shape} here")
-    return jax.device_put(parameters, shardings(parameters, mesh))
+    graph, parameters, constants = nnx.split(earlier.clt, nnx.Param, ...)
+    move = jax.jit(partial(refold, graph), out_shardings=shardings(parameters, mesh))
+    return move(parameters, constants, scales.in_mean, scales.in_std, scales.out_mean, scales.out_std)
+
+
+def check_alike(run: Path, earlier: TrainConfig, config: TrainConfig, wiring: Wiring, n_layers: int) -> None:
+    """UserError where weights of an earlier run do not mean here what they mean there."""
+
+    def pairs(one: TrainConfig) -> str:
+        return f"--layer {one.layer} --offset {one.offset} --n-targets {one.n_targets}"
+
+    if wire(earlier.layer, n_layers, earlier.offset, earlier.n_targets).pairs != wiring.pairs:
+        raise UserError(f"--start-from {run} has other sources and targets: {pairs(earlier)}; here {pairs(config)}")
+    before, now = earlier.model, config.model
+    if before.features != now.features:
+        raise UserError(f"--start-from {run} has --model.features {before.features}, this run {now.features}")
+    if "jumprelu" in (before.activation, now.activation) and before.activation != now.activation:
+        raise UserError(
+            f"--start-from {run} has --model.activation {before.activation}, this run {now.activation}: jumprelu has "
+            "thresholds, which the others have not"
+        )
+
+
+def refold(
+    graph: nnx.GraphDef,
+    parameters: nnx.State,
+    constants: nnx.State,
+    in_mean: jax.Array,
+    in_std: jax.Array,
+    out_mean: jax.Array,
+    out_std: jax.Array,
+) -> nnx.State:
+    """Weights for another normalisation (Normalisation's shapes) under which a CLT takes raw inputs to the same raw
+    outputs.
+
+    Pre-activations stay what they are, and so do thresholds on them. Rules that rank by h |W_dec| may choose other
+    features, where targets change their scales unlike each other: those norms are of normalised decoders.
+    """
+    clt: CLT = nnx.merge(graph, parameters, constants)
+    wider = in_std / clt.in_std[...]  # [S]
+    shift = (in_mean - clt.in_mean[...]) / clt.in_std[...][:, None]  # [S, D]
+    # In full precision: accelerators would round what is added to every token's pre-activation.
+    moved = jnp.einsum("sfd,sd->sf", clt.W_enc[...], shift, precision="highest")
+    clt.b_enc[...] = clt.b_enc[...] + moved
+    clt.W_enc[...] = clt.W_enc[...] * wider[:, None, None]
+    scale = clt.out_std[...] / out_std  # [T]
+    for source, window in zip(clt.wiring.sources, clt.wiring.windows, strict=True):
+        head = clt.W_dec[str(source)]
+        head[...] = head[...] * scale[window][:, None]
+    clt.b_dec[...] = clt.b_dec[...] * scale[:, None] + (clt.out_mean[...] - out_mean) / out_std[:, None]
+    return nnx.split(clt, nnx.Param, ...)[1]

@@ -33,6 +33,8 @@ RARE = 1e-5
 
 # Where the axis of the features is, by the name of what has one. Everything else is alike on all devices.
 FEATURE_AXIS = {"W_enc": 1, "b_enc": 1, "log_threshold": 1, "W_dec": 0, "silent": 1, "density": 1}
+# What weight decay acts on.
+DECAYING = {"W_enc", "W_dec"}
 
 
 class TrainState(NamedTuple):
@@ -46,12 +48,16 @@ class TrainState(NamedTuple):
     step: jax.Array  # [] int32: steps done
 
 
+def names_in(path: tuple) -> list[str]:
+    """The names on the way to an array of a pytree."""
+    return [str(getattr(entry, "name", getattr(entry, "key", None))) for entry in path]
+
+
 def specs(tree: Any) -> Any:
     """How each array of a pytree (a state, its gradients, its moments) is split over the mesh: a tree of P."""
 
     def spec(path: tuple, _: Any) -> P:
-        for entry in path:
-            name = str(getattr(entry, "name", getattr(entry, "key", None)))
+        for name in names_in(path):
             if name in FEATURE_AXIS:
                 return P(*(None,) * FEATURE_AXIS[name], "model")
         return P()
@@ -76,9 +82,14 @@ def schedule(config: TrainConfig) -> Callable[[Any], Any]:
     return rate
 
 
+def decaying(parameters: Any) -> Any:
+    """Which parameters weight decay acts on: a tree of bool."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: not DECAYING.isdisjoint(names_in(path)), parameters)
+
+
 def make_optimiser(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW after clipping by the global norm."""
-    adamw = optax.adamw(schedule(config), weight_decay=config.weight_decay)
+    """AdamW after clipping by the global norm. Only matrices decay: a threshold is a logarithm, and would go to 1."""
+    adamw = optax.adamw(schedule(config), weight_decay=config.weight_decay, mask=decaying)
     return optax.chain(optax.clip_by_global_norm(config.clip), adamw)
 
 
@@ -178,6 +189,12 @@ def annealed_steps(config: TrainConfig) -> int:
     return round(config.sparsity.anneal * config.steps) if config.sparsity.k_start > 1 else 0
 
 
+def dead_after(config: TrainConfig) -> int:
+    """Tokens of silence after which a feature is dead while training: 1000 F / k (method.md) where none are given."""
+    default = 1000 * config.model.features // max(k_values(config.model.k, config.model.features))
+    return min(SILENT_LIMIT, default if config.sparsity.dead_after is None else config.sparsity.dead_after)
+
+
 def make_gradients(
     config: TrainConfig, graph: nnx.GraphDef, mesh: Mesh, frozen: Sequence[Frozen] = (), annealing: bool = False
 ) -> Callable[..., tuple[nnx.State, Figures, jax.Array]]:
@@ -186,9 +203,6 @@ def make_gradients(
     M microbatches are gone through one after the other; gradients are of their mean loss.
     """
     slots = slots_of(config.model, config.sparsity.k_start if annealing else 1.0)
-    # method.md: dead while training is silent for 1000 F/k tokens.
-    default = 1000 * config.model.features // max(k_values(config.model.k, config.model.features))
-    dead_after = min(SILENT_LIMIT, default if config.sparsity.dead_after is None else config.sparsity.dead_after)
     data, model = MESH
 
     def loss_of(parameters: nnx.State, state: TrainState, x: jax.Array, y: jax.Array, arrays: Sequence[nnx.State]):
@@ -203,7 +217,7 @@ def make_gradients(
         errors = squared_errors(y_hat, target).sum(0)
         weights = jnp.array(config.target_weights) if config.target_weights else jnp.ones(errors.shape)
         loss = weights @ errors / tokens
-        dead = state.silent > dead_after
+        dead = state.silent > dead_after(config)
         if clt.activation in ("jumprelu", "relu"):
             weight = penalty_weight(config.sparsity, config.steps, state.step)
             loss += weight * penalty(clt, active, config.sparsity.scale, MESH) / tokens
@@ -253,7 +267,6 @@ def make_gradients(
         inputs = specs(state), by_batch, by_batch, specs(arrays)
         return jax.shard_map(local, mesh=mesh, in_specs=inputs, out_specs=outputs)(state, x, y, arrays)
 
-    gradients.dead_after = dead_after  # type: ignore[attr-defined]
     return gradients
 
 
@@ -267,7 +280,6 @@ def make_step(
     """
     optimiser, rate = make_optimiser(config), schedule(config)
     gradients_of = make_gradients(config, graph, mesh, frozen, annealing)
-    dead_after = gradients_of.dead_after  # type: ignore[attr-defined]
 
     def step(state: TrainState, x: jax.Array, y: jax.Array, arrays: Sequence[nnx.State]) -> tuple[TrainState, Figures]:
         gradients, figures, fired = gradients_of(state, x, y, arrays)
@@ -279,7 +291,7 @@ def make_step(
         share = jnp.maximum(1 / (state.step + 1), min(1.0, tokens / DENSITY_TOKENS))
         density = state.density + share * (fired / tokens - state.density)
         figures |= {
-            "dead": (silent > dead_after).mean(),
+            "dead": (silent > dead_after(config)).mean(),
             "rare": (density < RARE).mean(),
             "grad_norm": optax.tree.norm(gradients),
             "lr": rate(state.step),

@@ -20,10 +20,21 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from cltjax.batches import Batch, Batches, read_ahead, split_batches
-from cltjax.checkpoint import METRICS, TIMING, Checkpoints, Lines, claim, identity, whole_lines
+from cltjax.batches import Batch, Batches, read_ahead, row_batches, sample_rows
+from cltjax.checkpoint import (
+    METRICS,
+    TIMING,
+    Checkpoints,
+    Lines,
+    check_folder,
+    claim,
+    identity,
+    last_step,
+    whole_lines,
+    without_paths,
+)
 from cltjax.clt import CLT
-from cltjax.config import ProcessesConfig, TrainConfig, as_json, k_values
+from cltjax.config import K_RULES, ProcessesConfig, TrainConfig, as_json, k_values
 from cltjax.distributed import (
     agree,
     check_divides,
@@ -40,7 +51,7 @@ from cltjax.errors import UserError
 from cltjax.files import Lock
 from cltjax.metrics import EVERY, calibrate, mean_fvu, measure
 from cltjax.normalisation import Normalisation, normalisation_of
-from cltjax.runs import check_given, freeze, input_layers, load_given, start_from, with_their_given
+from cltjax.runs import check_given, freeze, input_layers, load_given, pins, start_from
 from cltjax.sparsity import RANKED_BY_NORM
 from cltjax.step import (
     Frozen,
@@ -61,14 +72,49 @@ from cltjax.wiring import Wiring, spell_layers, wire
 CALIBRATION_ROWS = 8192
 # Options in which the processes of a run may differ: where each of them finds the files, and which it is.
 ONE_PROCESS: dict[str, Any] = {"store": Path(), "out": None, "config": None, "processes": ProcessesConfig()}
-# A run whose train FVU is above this will not come back: the mean alone has 1.
+# A run whose train FVU is above this on average will not come back: the mean alone has 1.
 DIVERGED = 10.0
+# Nor will one that is above this so many steps after warm-up: what it has learned is worse than nothing.
+WORTHLESS, SETTLED = 1.25, 200
+# Nor one in which, by then, fewer than this share of the k features of a token are active, and which explains little.
+COLLAPSED, LITTLE = 0.25, 0.5
+TREND_STEPS = 50  # over about so many the average is taken
 
 
 @jax.jit
 def all_finite(parameters: nnx.State) -> jax.Array:
     """Whether no weight is infinite or not a number."""
     return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(parameters)]))
+
+
+@dataclass
+class Trend:
+    """Average train FVU and L0 of the last steps; of all of them at first. Part of a checkpoint's meta, so that whether
+    a run is given up does not depend on where it was resumed, or on what is logged."""
+
+    steps: int = 0
+    fvu: float = 0.0
+    l0: float = 0.0
+
+    def add(self, figures: dict[str, Any]) -> None:
+        self.steps += 1
+        share = 1 / min(self.steps, TREND_STEPS)
+        fvu = [float(error) / float(power) for error, power in zip(figures["error"], figures["power"], strict=True)]
+        l0 = [float(one) for one in figures["l0"]]
+        self.fvu += share * (sum(fvu) / len(fvu) - self.fvu)
+        self.l0 += share * (sum(l0) / len(l0) - self.l0)
+
+    def fault(self, config: TrainConfig) -> str | None:
+        """Why the run is to be given up, if it is."""
+        settled = self.steps >= config.warmup + SETTLED
+        if self.fvu > (WORTHLESS if settled else DIVERGED):
+            return f"training has diverged (train FVU {self.fvu:.3g} on average; the mean alone has 1)"
+        if settled and config.model.activation in K_RULES:
+            ks = k_values(config.model.k, config.model.features)
+            k = sum(ks) / len(ks)
+            if self.l0 < COLLAPSED * k and self.fvu > LITTLE:
+                return f"training has collapsed (L0 {self.l0:.3g} of {k:g} on average, train FVU {self.fvu:.3g})"
+        return None
 
 
 @dataclass
@@ -144,29 +190,34 @@ def train(config: TrainConfig, stop_after: int | None = None) -> Path:
     run = config.out or Path("runs") / wiring.name
     config = dataclasses.replace(config, layer=spell_layers(wiring.sources), out=run)
     agree("other options", as_json(dataclasses.replace(config, **ONE_PROCESS)))
-    family = with_their_given(load_given(config.given, mesh))
+    given = load_given(run, config.given, mesh)
+    config = dataclasses.replace(config, given=tuple(one.run for one in given))  # found from any other folder too
     with ExitStack() as opened:
         with together():
-            check_given(wiring, family, identity(store))
-            frozen, arrays = freeze(wiring, family)
-            inputs = input_layers(wiring, family)
+            check_given(wiring, given, identity(store))
+            frozen, arrays = freeze(wiring, given)
+            inputs = input_layers(wiring, given)
             rules = token_rules(store, inputs, wiring.targets, config.tokens)
             scales = normalisation_of(store, wiring.sources, wiring.targets, rules)
             rules.some_rows("test")
+            if config.model.activation in RANKED_BY_NORM:
+                rules.some_rows("val")  # for its thresholds, at every checkpoint
             own = own_positions(mesh, config.batch_size, config.microbatches)
             batches = opened.enter_context(
                 closing(Batches(store, inputs, wiring.targets, rules, config.batch_size, config.data, config.seed, own))
             )
+            check_folder(run, store.path)
             run.mkdir(parents=True, exist_ok=True)
             if is_main():
                 opened.enter_context(closing(Lock(run, "another train.py")))
-        checkpoints = opened.enter_context(closing(Checkpoints(run)))
-        last = checkpoints.last()
-        data = identity(store) | {"outliers": dataclasses.asdict(rules.limits)}
-        agree("another store or checkpoint", [data, last])
+        last = last_step(run)
+        data = identity(store) | {"given_runs": pins(given), "outliers": dataclasses.asdict(rules.limits)}
+        agree("another store or checkpoint", [without_paths(data), last])
         claim(run, as_json(config), data, resumable=last is not None)
+        measured = config.log.val_rows > 0 and len(rules.rows("val")) > 0
+        checkpoints = opened.enter_context(closing(Checkpoints(run, measured)))
         if last is None:
-            state, meta = first_state(config, wiring, scales, mesh), {}
+            state, meta = first_state(config, wiring, scales, data, mesh), {}
         else:
             state, meta = checkpoints.restore(last, abstract_state(config, wiring, scales, mesh))
             say(f"resuming {run} at step {last}")
@@ -180,17 +231,20 @@ def train(config: TrainConfig, stop_after: int | None = None) -> Path:
         loop = Loop(config, mesh, make(), arrays, batches, checkpoints, records, timings, validate)
         if config.sparsity.k_start > 1:
             loop.annealing = make(annealing=True)
-        loop.window = Window(**meta.get("window", {}))
+        if meta:
+            loop.window, loop.trend = Window(**meta["window"]), Trend(**meta["trend"])
         loop.run(state, last or 0, stop_after)
     return run
 
 
-def first_state(config: TrainConfig, wiring: Wiring, scales: Normalisation, mesh: Mesh) -> TrainState:
+def first_state(
+    config: TrainConfig, wiring: Wiring, scales: Normalisation, data: dict[str, Any], mesh: Mesh
+) -> TrainState:
     """The state before the first step, on its mesh: made there, since one device may not hold it."""
     make = partial(initial_state, config, wiring, scales)
     state = jax.jit(make, out_shardings=shardings(jax.eval_shape(make), mesh))()
     if config.start_from is not None:
-        state = state._replace(parameters=start_from(config.start_from, config, wiring, mesh))
+        state = state._replace(parameters=start_from(config.start_from, config, wiring, scales, data, mesh))
     return state
 
 
@@ -208,13 +262,13 @@ def validation(
     """The state with thresholds for use outside of training (where the rule needs them), and its FVU on `val` rows."""
     clt: CLT = nnx.merge(graph, state.parameters, state.constants)
     calibrated = clt.activation in RANKED_BY_NORM
-    if not len(rules.rows("val")) or not (calibrated or config.log.val_rows):
-        if calibrated:
-            raise UserError(f"{store.path} has no val rows, which {clt.activation} needs: capture more samples")
+    used = rules.rows("val")  # a sample of them all could have none that are used
+    if not len(used) or not (calibrated or config.log.val_rows):
         return state, None
 
     def rows(most: int) -> Iterator[tuple[Batch, np.ndarray]]:
-        return split_batches(store, inputs, clt.wiring.targets, rules.group, "val", max_rows=most)
+        sample = sample_rows(used, most, store.block_rows)
+        return row_batches(store, inputs, clt.wiring.targets, rules.group, sample)
 
     if calibrated:
         cut = calibrate(clt, partial(rows, CALIBRATION_ROWS), rules.used_groups, mesh)
@@ -257,13 +311,26 @@ class Loop:
     validate: Callable[[TrainState], tuple[TrainState, float | None]]
     annealing: Step | None = None  # the step while k comes down
     window: Window = field(default_factory=Window)
+    trend: Trend = field(default_factory=Trend)
     compiling: bool = True
     since: float = 0.0  # when the current stretch of `waited` and `timed_steps` began
     waited: float = 0.0
     timed_steps: int = 0
 
     def run(self, state: TrainState, first: int, stop_after: int | None) -> TrainState:
-        """Do the steps from `first` on."""
+        """Do the steps from `first` on. A KeyboardInterrupt says how far they are."""
+        try:
+            return self.advance(state, first, stop_after)
+        except KeyboardInterrupt as error:
+            self.checkpoints.wait()
+            last = self.checkpoints.last()
+            again = "from the beginning" if last is None else f"from the checkpoint of step {last}"
+            done = self.trend.steps
+            raise KeyboardInterrupt(
+                f"interrupted at step {done}; start the same command again to go on {again}"
+            ) from error
+
+    def advance(self, state: TrainState, first: int, stop_after: int | None) -> TrainState:
         steps = self.config.steps if stop_after is None else min(stop_after, self.config.steps)
         pending: tuple[int, dict[str, jax.Array]] | None = None
         self.since = time.perf_counter()
@@ -300,19 +367,26 @@ class Loop:
         ready, fvu = self.validate(state)
         if fvu is not None:
             say(f"step {step:>6}/{self.config.steps}  val FVU {fvu:.4f}")
-        meta = {"window": dataclasses.asdict(self.window), "metrics_bytes": self.records.size()}
+        meta = {
+            "window": dataclasses.asdict(self.window),
+            "trend": dataclasses.asdict(self.trend),
+            "metrics_bytes": self.records.size(),
+        }
         self.checkpoints.save(step, ready, meta, fvu)
         self.since += time.perf_counter() - began  # speed is that of training
 
     def stop(self, step: int, why: str) -> None:
         """Raise UserError. All processes come here, or none: what they decide on is alike."""
+        self.checkpoints.wait()
         last = self.checkpoints.last()
         kept = "there is no checkpoint yet" if last is None else f"the checkpoint of step {last} is kept"
         with together():
-            raise UserError(f"{why} at step {step}; {kept}. Lower --lr (now {self.config.learning_rate:g})")
+            raise UserError(
+                f"{why} at step {step}; {kept}. Lower --lr (now {self.config.learning_rate:g}), with another --out"
+            )
 
     def note(self, step: int, waiting: dict[str, jax.Array]) -> None:
-        """Take in the figures of one step: stop on what is not finite, write a record where one is due."""
+        """Take in the figures of one step: stop on what will not come back, write a record where one is due."""
         figures = jax.device_get(waiting)
         if self.compiling:  # the first step's time is the compiler's
             self.compiling, self.since, self.waited = False, time.perf_counter(), 0.0
@@ -320,12 +394,13 @@ class Loop:
             self.timed_steps += 1
         if not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])):
             self.stop(step, "the loss is not finite")
+        self.trend.add(figures)
+        if fault := self.trend.fault(self.config):
+            self.stop(step, fault)
         self.window.add(figures)
         if step % self.config.log.every and step != self.config.steps:
             return
         record = self.window.record(step, step * self.config.batch_size, figures)
-        if record["fvu"] > DIVERGED:
-            self.stop(step, f"training has diverged (train FVU {record['fvu']:.3g}, where the mean alone has 1)")
         self.records.add(record)
         self.window = Window()
         self.report(record)

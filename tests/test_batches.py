@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 from store_cases import make_case, write
 from stores import synthetic_store
 
-from cltjax.batches import Batch, Batches, Order, page_size, read_ahead, split_batches, spread
+from cltjax.batches import (
+    Batch,
+    Batches,
+    Order,
+    page_size,
+    read_ahead,
+    row_batches,
+    sample_rows,
+    split_batches,
+    spread,
+)
 from cltjax.config import DataConfig, TokensConfig
 from cltjax.errors import UserError
 from cltjax.store import IMAGE, ActivationStore
@@ -288,8 +298,10 @@ def test_split_batches_are_the_whole_split(store: ActivationStore):
 
 @pytest.mark.parametrize("most", [1, 50, 97, 131, 10**6])
 def test_at_most_so_many_rows_from_all_over_the_split(store: ActivationStore, most: int):
-    found = list(split_batches(store, (0, 2), (1,), np.arange(store.rows), "test", 41, most))
-    chosen, rows = np.concatenate([group for _, group in found]), store.rows_of("test")
+    rows = store.rows_of("test")
+    sample = sample_rows(rows, most, store.block_rows)
+    found = list(row_batches(store, (0, 2), (1,), np.arange(store.rows), sample, 41))
+    chosen = np.concatenate([group for _, group in found])
     assert np.all(np.diff(chosen) > 0) and np.isin(chosen, rows).all()
     np.testing.assert_array_equal(rows_in(store, Batch(np.concatenate([b.x for b, _ in found]), found[0][0].y)), chosen)
     assert min(most, len(rows)) - store.block_rows < len(chosen) <= most

@@ -1,5 +1,6 @@
 """What a user's mistake looks like from outside: one line, status 2."""
 
+import errno
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,24 @@ def test_a_user_error_and_a_path_that_cannot_be_are_one_line(tmp_path: Path, cap
     assert code == 2
     assert line.count("\n") == 1
     assert str(tmp_path / "file") in line
+
+
+def test_a_full_disk_and_ctrl_c_are_one_line(capsys: pytest.CaptureFixture[str]):
+    def full(options: Options) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def stopped(options: Options) -> None:
+        raise KeyboardInterrupt("interrupted at step 3")
+
+    def stopped_early(options: Options) -> None:
+        raise KeyboardInterrupt
+
+    assert outcome(full, [], capsys) == (
+        2,
+        "error: a file cannot be written: No space left on device. Make room, and start again\n",
+    )
+    assert outcome(stopped, [], capsys) == (130, "interrupted at step 3\n")
+    assert outcome(stopped_early, [], capsys) == (130, "interrupted\n")
 
 
 def test_a_typo_is_answered_with_the_nearest_name(capsys: pytest.CaptureFixture[str]):

@@ -1,8 +1,8 @@
 """Options: values that cannot go together, configuration files, what makes two runs the same."""
 
-import dataclasses
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ from cltjax.config import (
     DataConfig,
     LogConfig,
     ModelConfig,
+    SparsityConfig,
     TrainConfig,
     as_json,
     differing,
@@ -67,11 +68,79 @@ def test_a_typo_gets_the_nearest_name(capsys):
         ({"decay": 1.5}, "--decay"),
         ({"data": DataConfig(buffer_mib=0)}, "--data.buffer-mib"),
         ({"log": LogConfig(every=0)}, "--log.every"),
+        ({"model": ModelConfig(activation="top_k")}, "--model.activation is 'top_k', but must be one of topk, "),  # type: ignore[arg-type]
+        ({"model": ModelConfig(k=2.7)}, "--model.k 2.7 must be a whole number"),
+        ({"model": ModelConfig(k=(3, 2.5))}, "--model.k 2.5 must be a whole number"),
+        ({"model": ModelConfig(features=100, k=0.001)}, "--model.k 0.001 is not between .*: it is 0 features"),
+        ({"model": ModelConfig(k=-3)}, "--model.k -3 is not between"),
+        ({"model": ModelConfig(k=float("nan"))}, "--model.k is nan"),
+        ({"model": ModelConfig(k=())}, "--model.k needs a number"),
+        ({"sparsity": SparsityConfig(dead_after=-1)}, "--sparsity.dead-after -1"),
+        ({"steps": 99}, "--warmup 100 is longer than the run"),
+        ({"target_weights": (1.0, -1.0)}, "--target-weights 1 -1 must"),
+        ({"target_weights": (0.0, 0.0)}, "--target-weights 0 0 must"),
+        ({"target_weights": (1.0, float("nan"))}, "--target-weights is "),
     ],
 )
 def test_impossible_values_are_refused(change: dict, named: str):
     with pytest.raises(UserError, match=named):
-        dataclasses.replace(TrainConfig("0"), **change).check()
+        replace(TrainConfig("0"), **change).check()
+
+
+def test_what_is_unusual_is_possible():
+    model = ModelConfig(features=100, k=(3, 0.5))
+    config = TrainConfig("0", steps=100, lr=1, target_weights=(0, 2.0), model=model)
+    replace(config, sparsity=SparsityConfig(dead_after=0)).check()
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (
+            'layer="0", model=ModelConfig(activation="top_k")',
+            "--model.activation is 'top_k', but must be one of topk, ",
+        ),
+        ("layer=0", "--layer is 0, but must be text"),
+        ('layer="0", model=ModelConfig(k="3")', "--model.k is '3', but must be a finite number or a tuple"),
+        ('layer="0", model=3', "--model is 3, but must be ModelConfig"),
+        ('layer="0", steps=True', "--steps is True, but must be a whole number"),
+    ],
+)
+def test_a_wrong_value_in_a_config_file_is_one_line(tmp_path: Path, arguments: str, said: str, capsys):
+    file = tmp_path / "x.py"
+    file.write_text(f"from cltjax.config import *\nconfig = TrainConfig({arguments})")
+    with pytest.raises(SystemExit) as left:
+        parsed(["--config", str(file)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert left.value.code == 2 and line.startswith(f"error: --config {file}: {said}")
+
+
+def test_text_is_a_path_and_a_list_a_tuple_in_a_config_file(tmp_path: Path):
+    file = tmp_path / "x.py"
+    text = """from cltjax.config import *
+config = TrainConfig("0", out="runs/x", given=["r", "s"], model=ModelConfig(k=[3, 4]))"""
+    file.write_text(text)
+    wanted = TrainConfig("0", out=Path("runs/x"), given=(Path("r"), Path("s")), model=ModelConfig(k=(3, 4)))
+    assert read_config_file(["--config", str(file)]) == wanted
+    assert parsed(["--config", str(file)]) == replace(wanted, config=file)
+
+
+@pytest.mark.parametrize(
+    "fault, said",
+    [
+        ("import math\nx = math.pie", "line 3: AttributeError: .*pie"),
+        ("def f():\n    return {}['k']\nf()", "line 3: KeyError: 'k'"),
+        ("int('x')", "line 2: ValueError: "),
+        ("raise SystemExit", "line 2: SystemExit$"),
+        ("x = = 3", "line 2: SyntaxError: invalid syntax"),
+    ],
+)
+def test_a_config_file_that_fails_says_where(tmp_path: Path, fault: str, said: str):
+    file = tmp_path / "x.py"
+    file.write_text("import os\n" + fault)
+    with pytest.raises(UserError, match=said) as error:
+        read_config_file([f"--config={file}"])
+    assert str(error.value).startswith(f"--config {file}, line ") and "\n" not in str(error.value)
 
 
 def test_json_is_the_way_back():
@@ -81,15 +150,18 @@ def test_json_is_the_way_back():
         from_json(as_json(config) | {"lrr": 3})
     with pytest.raises(UserError, match="layer"):
         from_json({"lr": 0.1})
+    for damaged in (as_json(config) | {"steps": "many"}, as_json(config) | {"model": []}, []):
+        with pytest.raises(UserError, match="config.json is not a training configuration"):
+            from_json(damaged)
 
 
 def test_paths_and_logging_do_not_make_another_run():
     config = TrainConfig("0")
-    moved = dataclasses.replace(config, store=Path("a"), out=Path("b"), config=Path("c"), log=LogConfig(every=3))
+    moved = replace(config, store=Path("a"), out=Path("b"), config=Path("c"), log=LogConfig(every=3))
     assert differing(as_json(config), as_json(moved)) is None
-    other = dataclasses.replace(config, model=ModelConfig(k=8))
+    other = replace(config, model=ModelConfig(k=8))
     assert differing(as_json(config), as_json(other)) == "model.k: 16 -> 8"
-    assert differing(as_json(config), as_json(dataclasses.replace(config, seed=1))) == "seed: 0 -> 1"
+    assert differing(as_json(config), as_json(replace(config, seed=1))) == "seed: 0 -> 1"
 
 
 def test_help_needs_no_jax():

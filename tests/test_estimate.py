@@ -38,7 +38,9 @@ from cltjax.wiring import wire
 RATES = Rates(flops=1e9, bandwidth=1e8, link=1e7)
 # Sources 0, 1, 2 with 2, 2, 1 targets among layers 1, 2, 3.
 S, T, PAIRS, D, F, K = 3, 3, 5, 7, 22, 3
-CONFIG = TrainConfig("0-2", offset=1, n_targets=2, batch_size=30, steps=11, model=ModelConfig(features=F, k=K))
+CONFIG = TrainConfig(
+    "0-2", offset=1, n_targets=2, batch_size=30, steps=11, warmup=0, model=ModelConfig(features=F, k=K)
+)
 SHAPE = ModelShape(n_layers=4, d_model=D, dtype="bfloat16")
 
 

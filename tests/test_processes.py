@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -35,6 +36,7 @@ from cltjax.wiring import wire
 LAYERS, D = 3, 7
 PATIENCE = 120  # seconds after which a process is taken to hang
 FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # to compile
+GLOO = re.compile(r"Gloo|connected peer|peer ranks")  # what it says of its connections; a line may come in two pieces
 CLUSTERS = ("SLURM_", "OMPI_", "KUBERNETES_", "TPU_")  # what jax looks for in the environment
 OPTIONS = (
     "--layer all --batch-size 24 --microbatches 2 --lr 1e-3 --warmup 0 --model.features 20 --model.k 3 --log.every 1"
@@ -85,7 +87,7 @@ def finished(commands: Sequence[list[str]]) -> list[tuple[int, str, str]]:
     with started(commands) as processes:
         for process in processes:
             said = process.communicate(timeout=PATIENCE)
-            out, err = ("\n".join(line for line in text.splitlines() if "[Gloo]" not in line) for text in said)
+            out, err = ("\n".join(line for line in text.splitlines() if not GLOO.search(line)) for text in said)
             found.append((process.returncode, out, err))
     return found
 

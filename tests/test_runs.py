@@ -1,5 +1,8 @@
 """Runs that build on runs: other meshes, frozen earlier runs, fine-tuning; and every rule from start to figures."""
 
+import json
+import shutil
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,13 +11,20 @@ import pytest
 from stores import synthetic_store
 from test_training import LAYERS, D, small
 
+from cltjax import evaluation
+from cltjax.batches import Batch, split_batches
 from cltjax.checkpoint import Checkpoints, read_lines
-from cltjax.config import EvaluateConfig, LogConfig, ModelConfig, SparsityConfig
+from cltjax.config import EvaluateConfig, LogConfig, ModelConfig, SparsityConfig, TokensConfig
 from cltjax.errors import UserError
-from cltjax.evaluation import evaluate, train_and_measure
-from cltjax.runs import load
+from cltjax.evaluation import evaluate, ridge_bytes, train_and_measure
+from cltjax.metrics import mean_fvu, measure
+from cltjax.normalisation import blank
+from cltjax.ridge import fit_ridge, sum_moments
+from cltjax.runs import freeze, input_layers, load
 from cltjax.store import ActivationStore
+from cltjax.tokens import token_rules
 from cltjax.training import train
+from cltjax.wiring import wire
 
 SELDOM = LogConfig(every=50, checkpoint_every=1000)
 
@@ -101,18 +111,153 @@ def test_backfitting_a_layer_on_what_a_frozen_one_leaves(store: ActivationStore,
         )
 
 
+def whole_fvu(store: ActivationStore, runs: list[Path]) -> float:
+    """Mean test FVU of several runs' predictions added up, over the targets of the first."""
+    first, *others = map(load, runs)
+    wiring = first.clt.wiring
+    frozen, arrays = freeze(wiring, others)
+    inputs = input_layers(wiring, others)
+    rules = token_rules(store, inputs, wiring.targets, first.config.tokens)
+    batches = split_batches(store, inputs, wiring.targets, rules.group, "test")
+    fit = measure(first.clt, batches, rules.used_groups, frozen, arrays).fit
+    return mean_fvu(fit.figures(wiring.targets, rules.used_groups))["all"]
+
+
+def test_one_round_of_backfitting(store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Three layers in turn, then each again on what the latest of the others leave. A given run brings no other."""
+    settings = {"steps": 300, "batch_size": 96, "lr": 1e-2, "model": ModelConfig(64, 6), "log": SELDOM}
+    a, b, c, a2, b2, c2 = (tmp_path / name for name in ("a", "b", "c", "a2", "b2", "c2"))
+    train(small(store, a, layer="0", **settings))
+    train(small(store, b, layer="1", given=(a,), **settings))
+    train(small(store, c, layer="2", given=(a, b), **settings))
+    before = whole_fvu(store, [a, b, c])
+    assert before < whole_fvu(store, [a, b]) < whole_fvu(store, [a])
+    train(small(store, a2, layer="0", given=(b, c), start_from=a, **settings))
+    train(small(store, b2, layer="1", given=(a2, c), start_from=b, **settings))
+    train(small(store, c2, layer="2", given=(b2, a2), start_from=c, **settings))
+    after = whole_fvu(store, [a2, b2, c2])
+    assert after < before
+
+    restored = []
+    real = Checkpoints.restore
+    monkeypatch.setattr(Checkpoints, "restore", lambda self, *rest: restored.append(self) or real(self, *rest))
+    figures = evaluate(EvaluateConfig(c2, store.path))
+    assert sorted(one.folder.parent.name for one in restored) == ["a2", "b2", "c2"]
+    assert figures["fvu"]["all"] == pytest.approx(whole_fvu(store, [c2, a2, b2]), rel=1e-5)  # of this run's own targets
+
+
+def test_given_runs_are_pinned(store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """To their weights, not to where they lie or how they are named."""
+    monkeypatch.chdir(tmp_path)
+    first, second, run = Path("first"), Path("second"), Path("run")
+    pair = (first, second)
+    train(small(store, first, layer="0"), stop_after=4)
+    train(small(store, second, layer="1"))
+    with pytest.raises(UserError, match="given run .*first is unfinished, at step 3 of 6"):
+        train(small(store, run, layer="2", given=pair))
+    assert not run.exists()
+    train(small(store, first, layer="0"))
+    train(small(store, run, layer="2", given=pair))
+    found = json.loads((run / "config.json").read_text())
+    assert found["config"]["given"] == [str(tmp_path / name) for name in pair]
+    assert found["data"]["given_runs"]["L0"] == {
+        "run": str(tmp_path / "first"),
+        "step": 6,
+        "digest": load(first).digest,
+    }
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    figures = evaluate(EvaluateConfig(Path("../run"), store.path))
+    monkeypatch.chdir(tmp_path)
+
+    first.rename("moved")
+    with pytest.raises(UserError, match="run needs the given run .*first, which is not there"):
+        evaluate(EvaluateConfig(run, store.path))
+    with pytest.raises(UserError, match="run needs the given run .*first, which is not there"):
+        train(small(store, run, layer="2", given=pair))
+    train(small(store, run, layer="2", given=(second, Path("moved"))))  # it is the same run
+    assert evaluate(EvaluateConfig(run, store.path)) == figures
+
+    shutil.rmtree(second)
+    train(small(store, second, layer="1", seed=1))
+    with pytest.raises(UserError, match="was trained with the given run .*second, which has changed since"):
+        evaluate(EvaluateConfig(run, store.path))
+    for given, field in (((Path("moved"), second), "L1.digest"), ((Path("moved"),), "L1")):
+        with pytest.raises(UserError, match=f"run holds another run .*given_runs.{field}: "):
+            train(small(store, run, layer="2", given=given))
+    # A run follows from what it was given: with another one it is another one.
+    digest = load(run).digest
+    shutil.rmtree(run)
+    train(small(store, run, layer="2", given=(Path("moved"), second)))
+    assert load(run).digest != digest
+
+
 def test_fine_tuning_starts_from_the_weights_of_another_run(store: ActivationStore, tmp_path: Path):
     train(small(store, tmp_path / "first", steps=60, lr=1e-2, log=SELDOM))
-    again = small(store, tmp_path / "again", start_from=tmp_path / "first", lr=1e-9, steps=2)
-    train(again)
-    for name in ("W_enc", "b_dec"):
-        before, after = (np.asarray(getattr(load(tmp_path / run).clt, name)[...]) for run in ("first", "again"))
-        np.testing.assert_allclose(after, before, atol=1e-7)
-    with pytest.raises(UserError, match="another shape: .*W_dec"):
-        train(small(store, tmp_path / "other", start_from=tmp_path / "first", model=ModelConfig(31, 3)))
+    train(small(store, tmp_path / "again", start_from=tmp_path / "first", lr=1e-30, steps=2))
+    before, after = (load(tmp_path / run).clt for run in ("first", "again"))
+    for name in ("W_enc", "b_enc", "b_dec"):
+        assert (np.asarray(getattr(after, name)[...]) == np.asarray(getattr(before, name)[...])).all()
 
 
-def test_the_best_checkpoint_is_kept_beside_the_last(store: ActivationStore, tmp_path: Path):
+@pytest.mark.parametrize("rule, later", [("topk", "topk"), ("jumprelu", "jumprelu"), ("batchtopk", "relu")])
+def test_fine_tuning_on_another_store_starts_from_the_same_function(
+    store: ActivationStore, tmp_path: Path, rule: str, later: str
+):
+    """In raw units, whatever means and scales inputs and targets have there."""
+    other = synthetic_store(tmp_path / "other", rows=1511, layers=LAYERS, d=D, seed=1)
+    first = small(store, tmp_path / "first", steps=60, lr=1e-2, log=SELDOM, model=ModelConfig(29, 4, rule))  # type: ignore[arg-type]
+    train(first)
+    model, tokens = ModelConfig(29, 4, later), TokensConfig(special=True, image_share=0.2)  # type: ignore[arg-type]
+    options = {"start_from": tmp_path / "first", "lr": 1e-30, "steps": 2, "model": model, "tokens": tokens}
+    train(small(other, tmp_path / "again", **options))
+    before, after = (load(tmp_path / run).clt for run in ("first", "again"))
+    if rule != later:
+        before.activation, before.slots = later, after.slots
+    ratios = [np.asarray(getattr(after, name)[...] / getattr(before, name)[...]) for name in ("in_std", "out_std")]
+    assert all(np.abs(ratio - 1).min() > 1e-3 and np.ptp(ratio) > 1e-3 for ratio in ratios)
+    x = other.read("site", np.arange(300), before.wiring.sources)
+    expected, found = np.asarray(before(x)), np.asarray(after(x))
+    assert np.ptp(expected, axis=0).min() > 0.1
+    np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    "here, message",
+    [
+        ({"model": ModelConfig(31, 3)}, "--model.features 29, this run 31"),
+        ({"model": ModelConfig(29, 3, "jumprelu")}, "--model.activation topk, this run jumprelu"),
+        ({"layer": "0"}, "other sources and targets: --layer 1 --offset 1 .*; here --layer 0 --offset 1 "),
+        ({"offset": 2}, "other sources and targets"),
+        ({"n_targets": 1}, "other sources and targets"),
+        ({"start_from": "thresholds"}, "--model.activation jumprelu, this run topk"),
+        ({"start_from": "nothing"}, "is no run directory"),
+        ({"store": "wide"}, r"trained on a store with model.d_model 13, this one has 11"),
+        ({"store": "deep"}, r"trained on a store with model.n_layers 4, this one has 5"),
+    ],
+)
+def test_what_cannot_be_started_from_is_one_line(
+    store: ActivationStore, starts: Path, tmp_path: Path, here: dict, message: str
+):
+    paths = {name: starts / here.get(name, default) for name, default in (("store", store.path), ("start_from", "run"))}
+    with pytest.raises(UserError, match=message) as error:
+        train(small(store, tmp_path / "run", **{"layer": "1", **here, **paths}))
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.fixture(scope="module")
+def starts(store: ActivationStore, tmp_path_factory) -> Path:
+    """Two runs of layer 1, and stores of other models."""
+    folder = tmp_path_factory.mktemp("starts")
+    train(small(store, folder / "run", layer="1"))
+    train(small(store, folder / "thresholds", layer="1", model=ModelConfig(29, 3, "jumprelu")))
+    synthetic_store(folder / "wide", rows=500, layers=LAYERS, d=11)
+    synthetic_store(folder / "deep", rows=500, layers=5, d=D)
+    return folder
+
+
+def test_the_best_checkpoint_is_kept_beside_the_last(store: ActivationStore, tmp_path: Path, capsys):
     """Weights that get worse: the learning rate rises all the time until the run has to stop."""
     config = small(store, tmp_path / "run", steps=400, warmup=400, decay=0.0, lr=3.0, clip=1e9)
     with pytest.raises(UserError, match=r"(diverged|not finite).*the checkpoint of step \d+ is kept"):
@@ -124,3 +269,86 @@ def test_the_best_checkpoint_is_kept_beside_the_last(store: ActivationStore, tmp
     for step, trained in ((best, load(tmp_path / "run", best=True)), (last, load(tmp_path / "run"))):
         assert trained.step == step
         assert np.isfinite(np.asarray(trained.clt.W_enc[...])).all()
+    figures = [evaluate(EvaluateConfig(tmp_path / "run", store.path, best=which)) for which in (True, False)]
+    assert [(by["checkpoint"], by["step"], by["steps"]) for by in figures] == [("best", best, 400), ("last", last, 400)]
+    assert figures[0]["fvu"]["all"] < figures[1]["fvu"]["all"]
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["step"] == last
+    said = capsys.readouterr().out
+    assert f"best val FVU: step {best} of 400" in said and f"unfinished: step {last} of 400" in said
+
+
+def test_without_val_figures_no_checkpoint_is_the_best(store: ActivationStore, tmp_path: Path):
+    train(small(store, tmp_path / "run", log=LogConfig(every=2, checkpoint_every=3, val_rows=0)))
+    with pytest.raises(UserError, match="no val FVU was measured"):
+        evaluate(EvaluateConfig(tmp_path / "run", store.path, best=True))
+
+
+def test_figures_on_another_store_are_not_the_runs_own(store: ActivationStore, tmp_path: Path, capsys):
+    run = tmp_path / "run"
+    config = small(store, run)
+    train_and_measure(config)
+    assert "unfinished" not in capsys.readouterr().out
+
+    def files() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in run.rglob("*") if path.suffix in (".json", ".png")}
+
+    before = files()
+    other = synthetic_store(tmp_path / "others", rows=1009, layers=LAYERS, d=D, seed=1)
+    figures = evaluate(EvaluateConfig(run, other.path))
+    written = run / "metrics-others.json"
+    assert json.loads(written.read_text()) == figures and figures["rows"] < 300
+    assert files() == before | {str(written): written.read_bytes()}
+    said = capsys.readouterr().out
+    assert "FVU on" in said and "another store" in said and "plots" not in said
+    shutil.move(store.path, tmp_path / "moved")  # the same store at another place
+    try:
+        assert (
+            evaluate(EvaluateConfig(run, tmp_path / "moved"))["fvu"]
+            == json.loads(before[str(run / "metrics.json")])["fvu"]
+        )
+    finally:
+        shutil.move(tmp_path / "moved", store.path)
+    assert not (run / "metrics-moved.json").exists()
+
+
+def test_figures_of_ridge_stay_until_the_run_is_another(store: ActivationStore, tmp_path: Path, capsys):
+    run = tmp_path / "run"
+    config = small(store, run, layer="0")
+    train_and_measure(config)
+    ridge = evaluate(EvaluateConfig(run, store.path, ridge=True))["ridge"]
+    capsys.readouterr()
+    train_and_measure(config)  # finished: nothing is trained
+    assert json.loads((run / "metrics.json").read_text())["ridge"] == ridge
+    assert "ridge" in capsys.readouterr().out
+    shutil.rmtree(run / "checkpoints")
+    (run / "metrics.jsonl").unlink()
+    train_and_measure(replace(config, seed=1))
+    assert "ridge" not in json.loads((run / "metrics.json").read_text())
+
+
+def test_ridge_that_would_not_be_right_or_not_fit_is_one_line(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    train(small(store, tmp_path / "first", layer="0"))
+    train(small(store, tmp_path / "second", layer="1", given=(tmp_path / "first",)))
+    with pytest.raises(UserError, match="--ridge is for runs without given ones"):
+        evaluate(EvaluateConfig(tmp_path / "second", store.path, ridge=True))
+    monkeypatch.setattr(evaluation, "RIDGE_SHARE", 1e-9)
+    with pytest.raises(UserError, match="--ridge from 1 sources needs about 0.0 GiB, of "):
+        evaluate(EvaluateConfig(tmp_path / "first", store.path, ridge=True))
+
+
+@pytest.mark.parametrize("layers, n_targets", [("0", 5), ("all", 2), ("all", 5)])
+def test_memory_that_ridge_takes(layers: str, n_targets: int):
+    """Against what numpy asks for; LAPACK's own workspace is beside that."""
+    width, wiring, rng = 97, wire(layers, 6, 1, n_targets), np.random.default_rng(0)
+    S, T = len(wiring.sources), len(wiring.targets)
+    scales = blank(wiring, width)
+    scales.in_std[:], scales.out_std[:] = 1, 1
+    rows = Batch(*(rng.normal(size=(61, n, width)).astype(np.float32) for n in (S, T)))
+    tracemalloc.start()
+    moments = [sum_moments([(rows, np.zeros(61, np.uint8))], scales, (0,)) for _ in range(2)]
+    fit_ridge(wiring, *moments)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 0.6 < peak / ridge_bytes(wiring, width) < 1.05

@@ -238,9 +238,11 @@ def test_given_runs(activation: str):
     equals_dense(ours, gradients_of(ours, frozen, held), given)
 
 
-def test_one_step():
-    """Counters, clipping by the global norm and the optimiser, from one step and the dense gradients."""
-    config = settings("topk", clip=0.5, weight_decay=0.1, sparsity={"revive": 0.3}, microbatches=3)
+@pytest.mark.parametrize("activation", ["topk", "jumprelu"])
+def test_one_step(activation: str):
+    """Counters, clipping by the global norm and the optimiser, from one step and the dense gradients. Weights decay,
+    biases and thresholds do not."""
+    config = settings(activation, clip=0.5, weight_decay=0.1, sparsity={"revive": 0.3}, microbatches=3)
     of = case(config, wire("0-1", 3, 0, 16))
     of = of._replace(state=of.state._replace(step=np.array(0, np.int32)))  # type: ignore[arg-type]
     x, y = of.normal()
@@ -260,10 +262,13 @@ def test_one_step():
     rate = 1e-3 / 3  # the first of 2 steps of warm-up
     assert float(figures["lr"]) == pytest.approx(rate)
 
-    def adamw(old: np.ndarray, g: np.ndarray) -> np.ndarray:
-        return old - rate * (g / (np.abs(g) + 1e-8) + 0.1 * old)
+    def adamw(path: tuple, old: np.ndarray, g: np.ndarray) -> np.ndarray:
+        decay = 0.1 if path[0].key in ("W_enc", "W_dec") else 0.0
+        return old - rate * (g / (np.abs(g) + 1e-8) + decay * old)
 
-    close(nnx.to_pure_dict(after.parameters), jax.tree.map(adamw, of.parameters, clipped))
+    found = nnx.to_pure_dict(after.parameters)
+    assert ("log_threshold" in found) == (activation == "jumprelu")
+    close(found, jax.tree_util.tree_map_with_path(adamw, of.parameters, clipped))
 
 
 def test_schedule():

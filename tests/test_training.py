@@ -1,29 +1,36 @@
 """Training end to end on a small synthetic store: it learns, it resumes bit for bit, it stops where it must."""
 
+import errno
 import json
+import logging
 import math
+import os
+import shutil
 import subprocess
 import sys
 import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from stores import synthetic_store
 
-from cltjax.checkpoint import Checkpoints, read_lines
-from cltjax.config import DataConfig, EvaluateConfig, LogConfig, ModelConfig, TrainConfig, from_json
+from cltjax.checkpoint import Checkpoints, Lines, last_step, read_lines
+from cltjax.config import Activation, DataConfig, EvaluateConfig, LogConfig, ModelConfig, TrainConfig, from_json
 from cltjax.distributed import make_mesh
 from cltjax.errors import UserError
 from cltjax.evaluation import evaluate, train_and_measure
 from cltjax.files import Lock
 from cltjax.normalisation import blank
+from cltjax.runs import load
 from cltjax.step import abstract_state, schedule
 from cltjax.store import ActivationStore
-from cltjax.training import train
+from cltjax.training import Loop, Trend, train
 from cltjax.wiring import wire
 
 LAYERS, D = 4, 13
@@ -154,6 +161,224 @@ def test_a_loss_that_is_not_finite_stops_the_run(store: ActivationStore, tmp_pat
         train(small(store, run, lr=1e30, steps=40, warmup=0))
     for record in read_lines(run / "metrics.jsonl"):
         assert math.isfinite(record["loss"])
+
+
+@pytest.mark.parametrize("rule", ["topk", "batchtopk"])
+def test_a_learning_rate_thirty_times_too_high_ends_with_a_clear_stop(
+    store: ActivationStore, tmp_path: Path, rule: Activation
+):
+    """At the same step whatever is logged or resumed. Here few features stay active, and the mean is not much worse."""
+    said = []
+    for every in (1, 10_000):
+        run = tmp_path / str(every)
+        config = small(store, run, steps=600, batch_size=128, lr=0.3, model=ModelConfig(64, 6, rule))
+        config = replace(config, log=LogConfig(every=every, checkpoint_every=190, val_rows=64))
+        if every == 1:
+            train(config, stop_after=195)
+        with pytest.raises(UserError, match=r"collapsed .* at step 202; .* step 190 is kept\. Lower --lr") as error:
+            train(config)
+        said.append(str(error.value))
+    assert said[0] == said[1]
+    with pytest.raises(UserError, match="collapsed"):  # and again
+        train(config)
+
+
+def test_what_has_diverged_is_not_saved(store: ActivationStore, tmp_path: Path):
+    """Though a checkpoint is due after every step, and a record after none."""
+    config = small(store, tmp_path / "run", steps=400, warmup=400, decay=0.0, lr=3.0, clip=1e9)
+    with pytest.raises(UserError, match="diverged") as error:
+        train(replace(config, log=LogConfig(every=10_000, checkpoint_every=1, val_rows=0)))
+    stopped = last_step(tmp_path / "run") + 1  # type: ignore[operator]
+    assert f"at step {stopped}; the checkpoint of step {stopped - 1} is kept" in str(error.value)
+
+
+def test_when_a_run_is_given_up():
+    config = TrainConfig("0", warmup=110, model=ModelConfig(100, (6, 10)))
+
+    def after(steps: int, fvu: float, l0: float = 8.0) -> Trend:
+        trend = Trend()
+        for _ in range(steps):  # two targets, two sources
+            trend.add({"error": [2 * fvu, 0.0], "power": [1.0, 3.0], "l0": [l0, l0]})
+        assert (trend.fvu, trend.l0) == pytest.approx((fvu, l0))
+        return trend
+
+    assert after(309, 1.4).fault(config) is None and "diverged" in str(after(310, 1.4).fault(config))
+    assert after(1000, 1.2).fault(config) is None
+    assert after(3, 9.9).fault(config) is None and "diverged" in str(after(3, 10.1).fault(config))
+    assert after(309, 0.6, 1.9).fault(config) is None and "L0 1.9 of 8" in str(after(310, 0.6, 1.9).fault(config))
+    assert after(310, 0.6, 2.1).fault(config) is None and after(310, 0.4, 1.9).fault(config) is None
+    assert after(310, 0.6, 1.9).fault(replace(config, model=ModelConfig(100, 8, "jumprelu"))) is None
+    spike = after(400, 0.3)
+    spike.add({"error": [40.0], "power": [1.0], "l0": [8.0]})
+    assert spike.fault(config) is None
+
+
+def test_ctrl_c_says_where_the_run_goes_on(store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And it goes on to the same end."""
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    train(small(store, straight))
+    note = Loop.note
+
+    def interrupted(self: Loop, step: int, waiting: dict) -> None:
+        if step == stop:
+            raise KeyboardInterrupt
+        note(self, step, waiting)
+
+    for stop, where in ((2, "from the beginning"), (5, "from the checkpoint of step 3")):
+        with monkeypatch.context() as patched:
+            patched.setattr(Loop, "note", interrupted)
+            with pytest.raises(KeyboardInterrupt) as error:
+                train(small(store, stopped))
+        assert str(error.value) == f"interrupted at step {stop - 1}; start the same command again to go on {where}"
+    train(small(store, stopped))
+    assert (stopped / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
+    assert checkpoint(stopped, 6) == checkpoint(straight, 6)
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = tmp_path / "run"
+    train(small(store, run), stop_after=4)
+    full = ValueError("many words: " * 99 + "No space left on device [os_error_code='28']")
+    for name, fault, said in (
+        ("shutil.disk_usage", Mock(return_value=Mock(free=0)), r"0 MiB are free\)"),
+        ("orbax.checkpoint.CheckpointManager.save", Mock(side_effect=full), r"\(no space left on device\)"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(name, fault)
+            with pytest.raises(UserError, match=said + "; that of step 3 is kept"):
+                train(small(store, run))
+    train(small(store, run))
+    assert last_step(run) == 6
+
+
+def test_a_line_that_cannot_be_written_names_its_file(tmp_path: Path):
+    lines = Lines(tmp_path / "metrics.jsonl", 0)
+    lines.file = Mock()
+    lines.file.flush.side_effect = lines.file.close.side_effect = OSError(errno.ENOSPC, "No space left on device")
+    for write in (lambda: lines.add({"step": 3}), lines.close):
+        with pytest.raises(OSError, match="No space left") as error:
+            write()
+        assert error.value.filename == str(tmp_path / "metrics.jsonl")
+
+
+def damaged(store: ActivationStore, run: Path, message: str) -> None:
+    """Neither read nor resumed, with one line."""
+    for use in (lambda: load(run), lambda: train(small(store, run))):
+        with pytest.raises(UserError, match=message) as error:
+            use()
+        assert "\n" not in str(error.value) and "train again" in str(error.value)
+
+
+def test_a_damaged_checkpoint_is_one_line(store: ActivationStore, tmp_path: Path):
+    whole = tmp_path / "whole"
+    train(small(store, whole))
+    data = max((whole / "checkpoints" / "6").rglob("*"), key=lambda path: path.stat().st_size).relative_to(whole)
+
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(whole, tmp_path / name))
+
+    run = copy("truncated")
+    os.truncate(run / data, (run / data).stat().st_size // 2)
+    damaged(store, run, r"checkpoints/6 cannot be read")
+
+    run = copy("measured")
+    (file,) = (run / "checkpoints" / "6").glob("metrics/metrics")
+    for content in ("{", '{"val_fvv": 3}', "[]"):
+        file.write_text(content)
+        damaged(store, run, r"checkpoints cannot be read")
+
+    run = copy("meta")
+    (file,) = (run / "checkpoints" / "6").glob("meta/metadata")
+    file.write_text(file.read_text().replace('"metrics_bytes": ', '"metrics_bytes": 1'))
+    damaged(store, run, r"checkpoints/6 is damaged")
+
+    run = copy("flipped")
+    before, rng = (whole / data).read_bytes(), np.random.default_rng(0)
+    expected = [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(load(whole).clt))]
+    refused = {"cannot be read": 0, "is damaged": 0}
+    for bit in rng.integers(8 * len(before), size=12):
+        flipped = bytearray(before)
+        flipped[bit // 8] ^= 1 << (bit % 8)
+        (run / data).write_bytes(flipped)
+        try:
+            found = load(run)
+        except UserError as error:
+            refused[next(said for said in refused if said in str(error))] += 1
+        else:  # the bit was of nothing that is read
+            for a, b in zip(jax.tree.leaves(nnx.state(found.clt)), expected, strict=True):
+                np.testing.assert_array_equal(np.asarray(a), b)
+    assert refused["is damaged"] > 0
+
+
+def test_a_damaged_configuration_is_one_line(store: ActivationStore, tmp_path: Path):
+    run = tmp_path / "run"
+    train(small(store, run))
+    good = json.loads((run / "config.json").read_text())
+    for content in (
+        {"config": [], "data": 3},
+        {"config": good["config"], "data": {}},
+        {"config": good["config"], "data": good["data"] | {"model": {"n_layers": "4", "d_model": D}}},
+    ):
+        (run / "config.json").write_text(json.dumps(content))
+        for use in (lambda: load(run), lambda: train(small(store, run))):
+            with pytest.raises(UserError, match=r"config\.json is not the configuration of a training run"):
+                use()
+
+
+def test_a_folder_of_something_else_is_not_touched(store: ActivationStore, tmp_path: Path):
+    other, model, run = (tmp_path / name for name in ("other", "model", "run"))
+    for folder in (other, model):
+        folder.mkdir()
+    (other / "metrics.jsonl").write_text('{"mine": 1}\n')
+    (model / "config.json").write_text('{"architectures": []}')
+    train(small(store, run))
+
+    def content() -> dict[Path, bytes]:
+        folders = (store.path, other, model, run)
+        return {path: path.read_bytes() if path.is_file() else b"" for one in folders for path in one.rglob("*")}
+
+    before = content()
+    for out, message in (
+        (other, "is not empty, and no run directory"),
+        (model, "not the configuration of a training run"),
+        (store.path, "is in the activation store"),
+        (store.path / "runs" / "L0", "is in the activation store"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(small(store, out))
+    with pytest.raises(UserError, match="holds another run"):
+        train(small(store, run, seed=1))
+    assert content() == before
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / ".config.json.tmp").write_text("{")  # of a run that was killed at once
+    train(small(store, empty), stop_after=1)
+    assert (empty / "config.json").is_file()
+
+
+def test_one_validation_row_is_enough(store: ActivationStore, tmp_path: Path):
+    """The first of the split is a special token, which is left out."""
+    train(small(store, tmp_path / "run", log=LogConfig(val_rows=1)))
+    (file,) = (tmp_path / "run" / "checkpoints").glob("6/metrics/metrics")
+    assert json.loads(file.read_text())["val_fvu"] > 0
+
+
+def test_without_val_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """What is calibrated on them does not begin; the rest is not measured on the way, and its best is its last."""
+    store = synthetic_store(tmp_path / "store", rows=400, layers=LAYERS, d=D, splits=("train", "test"))
+    for rule in ("batchtopk", "topk_joint"):
+        with pytest.raises(UserError, match="no val rows"):
+            train(small(store, tmp_path / rule, model=ModelConfig(29, 3, rule)))
+        assert not (tmp_path / rule).exists()
+    absl = logging.getLogger("absl")
+    absl.addHandler(caplog.handler)
+    train(small(store, tmp_path / "run"))
+    absl.removeHandler(caplog.handler)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    with closing(Checkpoints(tmp_path / "run")) as checkpoints:
+        assert checkpoints.best() == 6
 
 
 def test_silent_tokens_are_counted(store: ActivationStore, tmp_path: Path):
