@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from cltjax.allocator import keep_freed_memory
 from cltjax.batches import Batch, Batches, read_ahead, row_batches, sample_rows
 from cltjax.checkpoint import (
     METRICS,
@@ -187,6 +188,8 @@ def train(config: TrainConfig, stop_after: int | None = None) -> Path:
         mesh = make_mesh(config.mesh)
         check_divides(mesh, config.batch_size, config.microbatches)
         check_features(mesh, config.model.features)
+    if mesh.devices.flat[0].platform == "cpu":
+        keep_freed_memory()
     run = config.out or Path("runs") / wiring.name
     config = dataclasses.replace(config, layer=spell_layers(wiring.sources), out=run)
     agree("other options", as_json(dataclasses.replace(config, **ONE_PROCESS)))
