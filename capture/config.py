@@ -16,15 +16,13 @@ class CaptureConfig:
     model: str
     """A Hugging Face model id, or a folder that holds a model; examples/shapes/model is the bundled one."""
     dataset: str = "shapes"
-    """`shapes` (the bundled generator), or a JSON or JSON-lines file: an AMBER query file, a POPE file, or any
-    rows with an `image` and one of `query`, `question`, `prompt`, `text`."""
+    """`shapes` (bundled), or a JSON(-lines) file: AMBER, POPE, or rows with image and query|question|prompt|text."""
     image_dir: Path | None = None
     """The folder that image names start from; the query file's own folder if not given."""
     out: Path = Path("activations")
     """The store to write. A capture that was stopped goes on where it was."""
     site: Site = "mlp_in"
-    """What a source reads: the MLP's input after its norm, the residual stream before that norm, or the
-    residual stream at the layer's entry."""
+    """What a source reads: the MLP's input after its norm, the residual before that norm, or that at layer entry."""
     layers: str = "all"
     """all, 3, 0-7 or 0,4,8."""
     generate: int = 0
@@ -44,8 +42,7 @@ class CaptureConfig:
     shard: Annotated[str, tyro.conf.arg(metavar="I/N")] = "1/1"
     """Capture the I-th of N shares (1/4 ... 4/4) into the same store, from another process or machine."""
     template: str = "chat"
-    """`chat` (the model's own chat template), `llava-1.5`, or text with {image} and {prompt}; in it a backslash and
-    an n are a newline."""
+    """`chat` (the model's own template), `llava-1.5`, or text with {image} and {prompt} (backslash n is a newline)."""
     skip_bad: bool = False
     """Leave out rows whose image is missing or broken or whose prompt is empty, and list them in the manifest."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -97,8 +97,8 @@ class Checkpoints:
         return last_step(self.folder.parent)
 
     def best(self) -> int | None:
-        """Steps done at the checkpoint with the best validation FVU; the last one where none was measured."""
-        return self.manager.best_step() or self.last()
+        """Steps done at the checkpoint with the best validation FVU; None where none was measured."""
+        return self.manager.best_step()
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         """State and meta of a checkpoint; `like` gives the state's shapes, dtypes and shardings.
@@ -166,7 +166,12 @@ def identity(store: ActivationStore) -> dict[str, Any]:
 def without_paths(data: dict[str, Any]) -> dict[str, Any]:
     """A run's data but for where the runs lie that it is trained beside: moved, they are still the same."""
     given = data.get("given_runs", {})
-    return data | {"given_runs": {name: {key: pin[key] for key in ("step", "digest")} for name, pin in given.items()}}
+    return data | {"given_runs": {name: weights_of(pin) for name, pin in given.items()}}
+
+
+def weights_of(pin: dict[str, Any]) -> dict[str, Any]:
+    """Of what pins a given run: what its weights are, wherever it lies."""
+    return {name: pin[name] for name in ("step", "digest")}
 
 
 def digest_of(found: dict[str, Any], step: int) -> str:

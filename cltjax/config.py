@@ -34,12 +34,9 @@ class ModelConfig:
     k: float | tuple[float, ...] = 16
     """Active features per token and source layer; below 1 a share of the features. Several numbers: one a source."""
     activation: Activation = "topk"
-    """Sparsity rule. topk: k per token and source; topk_joint: the sum of the sources' k per token, over all sources,
-    ranked by activation x decoder norm; batchtopk: k per source on average over a batch, ranked likewise; jumprelu:
-    thresholds learned under a tanh penalty; relu: an L1 penalty."""
+    """topk: k a token and source; topk_joint: over all sources; batchtopk: over a batch; jumprelu, relu: by penalty."""
     slots: int | None = None
-    """Most features that can be active on a training token in one source, for rules other than topk, where the number
-    varies; the largest win. Memory and time grow with it. By default 4 k, and all features where these are fewer."""
+    """Most active features of a training token and source, for rules other than topk; by default 4 k, or all."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +85,9 @@ class TokensConfig:
 class DataConfig:
     """How training rows are drawn: pages of neighbouring rows in random order, shuffled within a buffer of pages."""
 
+    # Below the store's blocks (up to 128 rows) most of what is read is thrown away.
     page_rows: int | None = None
-    """Consecutive train rows that are read together. By default 256, and where a buffer would hold fewer than 32 such
-    pages half as many, down to 16: better mixed, but below the store's blocks (up to 128 rows) most of what is read
-    is thrown away. A larger buffer is better than a small page."""
+    """Neighbouring train rows read together; by default 256, halved (to 16) where a buffer holds under 32 of these."""
     buffer_mib: int = 512
     """Memory for the rows read ahead, in MiB: the buffer in use and the next one. The larger, the better mixed."""
 
@@ -157,8 +153,7 @@ class TrainConfig:
     given: tuple[Path, ...] = ()
     """Earlier, finished runs that stay as they are: this run is trained on what exactly these leave."""
     start_from: Path | None = None
-    """Earlier run with the same sources, targets and features that this run starts from as it is (fine-tuning); it may
-    have been trained on other rows or tokens of the same model."""
+    """Earlier run of the same sources, targets and features to start from as it is; its rows may have been others."""
     steps: int = 2500
     """Optimiser steps."""
     batch_size: int = 512

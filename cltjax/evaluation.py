@@ -1,6 +1,7 @@
 """Measure a run on a store's test rows, print the table, and write it into the run directory."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import time
@@ -93,7 +94,8 @@ def report(trained: Trained, store: ActivationStore, figures: dict[str, Any]) ->
     if own:
         print("plots: " + "  ".join(str(path) for path in draw(run)))
     else:
-        file = run / f"metrics-{store.path.resolve().name}.json"
+        where = store.path.resolve()  # stores of the same name lie in different folders
+        file = run / f"metrics-{where.name}-{hashlib.sha256(str(where).encode()).hexdigest()[:8]}.json"
         write_json(file, figures)
         print(f"{run} was trained on another store than {store.path}: {SUMMARY} is left as it is, see {file}")
 

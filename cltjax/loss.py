@@ -22,13 +22,15 @@ from cltjax.sparsity import RANKED_BY_NORM, candidates, jumprelu, training_cut
 
 
 class Active(NamedTuple):
-    """values, indices [S, B, C] of the active features; pre, rank [S, B, F]; cut: the rank that takes (broadcasts)."""
+    """values, indices [S, B, C] of the active features; pre, rank [S, B, F]; cut: the rank that takes (broadcasts);
+    full [S, B]: whether a token has no slot left, and so perhaps fewer active features than its rule gives it."""
 
     values: jax.Array
     indices: jax.Array
     pre: jax.Array
     rank: jax.Array
     cut: jax.Array
+    full: jax.Array
 
 
 def activate(clt: CLT, normal: jax.Array, k: jax.Array, slots: int, bandwidth: float, axes: Axes) -> Active:
@@ -39,12 +41,13 @@ def activate(clt: CLT, normal: jax.Array, k: jax.Array, slots: int, bandwidth: f
         rank = jax.lax.optimization_barrier(rank)  # computed once: `revival` compares it with the cut taken from it
     found = candidates(rank, slots, axes.model)
     kept, cut = training_cut(clt.activation, found.rank, k, axes)
+    full = kept[..., -1] & (clt.activation != "topk")  # alike on every shard of `model`
     picked = clt.pick(normal, pre, found.indices)
     if clt.activation == "jumprelu":
         # Inactive candidates stay, with a value of 0: their decoder's gradient is what teaches their threshold.
         here = at(clt.thresholds(), found.indices)
-        return Active(jumprelu(picked, here, bandwidth), found.indices, pre, rank, cut)
-    return Active(jnp.where(kept, jnp.maximum(picked, 0), 0), found.indices, pre, rank, cut)
+        return Active(jumprelu(picked, here, bandwidth), found.indices, pre, rank, cut, full)
+    return Active(jnp.where(kept, jnp.maximum(picked, 0), 0), found.indices, pre, rank, cut, full)
 
 
 def at(table: jax.Array, indices: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from cltjax.checkpoint import CONFIG, Checkpoints, digest_of, read_config
+from cltjax.checkpoint import CONFIG, Checkpoints, digest_of, read_config, weights_of
 from cltjax.clt import CLT
 from cltjax.config import TrainConfig, from_json
 from cltjax.distributed import agree, check_features, make_mesh, together
@@ -53,7 +53,7 @@ def load(run: Path, mesh: Mesh | None = None, best: bool = False) -> Trained:
     checkpoints = Checkpoints(run)
     try:
         with together():
-            step = checkpoints.manager.best_step() if best else checkpoints.last()
+            step = checkpoints.best() if best else checkpoints.last()
             if step is None:
                 raise UserError(f"{run} has no best checkpoint: no val FVU was measured") if best else nothing
         agree(f"another checkpoint of {run}", step)
@@ -96,7 +96,7 @@ def check_unchanged(trained: Trained, given: Sequence[Trained]) -> None:
     """UserError for a given run that is another one than when `trained` was trained."""
     pinned = trained.data.get("given_runs", {})
     for name, pin in pins(given).items():
-        if pinned.get(name) != pin:
+        if name not in pinned or weights_of(pinned[name]) != weights_of(pin):
             raise UserError(
                 f"{trained.run} was trained with the given run {pin['run']}, which has changed since: restore that, or "
                 f"train {trained.run} again"

@@ -79,6 +79,8 @@ DIVERGED = 10.0
 WORTHLESS, SETTLED = 1.25, 200
 # Nor one in which, by then, fewer than this share of the k features of a token are active, and which explains little.
 COLLAPSED, LITTLE = 0.25, 0.5
+# From this share of tokens on, the progress line says that they have as many active features as there are slots.
+MANY_FULL = 0.01
 TREND_STEPS = 50  # over about so many the average is taken
 
 
@@ -125,13 +127,14 @@ class Window:
     steps: int = 0
     loss: float = 0.0
     l0: list[float] = field(default_factory=list)
+    full: list[float] = field(default_factory=list)
     error: list[float] = field(default_factory=list)
     power: list[float] = field(default_factory=list)
 
     def add(self, figures: dict[str, Any]) -> None:
         self.steps += 1
         self.loss += float(figures["loss"])
-        for name in ("l0", "error", "power"):
+        for name in ("l0", "full", "error", "power"):
             values = [float(value) for value in figures[name]]
             before = getattr(self, name) or [0.0] * len(values)
             setattr(self, name, [a + b for a, b in zip(before, values, strict=True)])
@@ -147,6 +150,7 @@ class Window:
             "fvu_by_target": fvu,
             "l0": sum(self.l0) / len(self.l0) / self.steps,
             "l0_by_source": [l0 / self.steps for l0 in self.l0],
+            "full": max(self.full) / self.steps,
             **{name: float(figures[name]) for name in ("dead", "rare", "grad_norm", "lr")},
         }
 
@@ -418,7 +422,9 @@ class Loop:
         say(
             f"step {record['step']:>6}/{self.config.steps}  {speed:>7,.0f} tokens/s  waiting {waited:4.0%}  "
             f"loss {record['loss']:.4f}  train FVU {record['fvu']:.4f}  L0 {record['l0']:.1f}  "
-            f"dead {record['dead']:.1%}  left {int(left) // 60}:{int(left) % 60:02d}"
+            f"dead {record['dead']:.1%}  "
+            + (f"slots full {record['full']:.0%}  " if record["full"] >= MANY_FULL else "")
+            + f"left {int(left) // 60}:{int(left) % 60:02d}"
         )
         timing = {"step": record["step"], "seconds": seconds, "tokens_per_s": speed, "waiting": waited}
         self.timings.add(timing)

@@ -1,5 +1,6 @@
 """What a user's mistake looks like from outside: one line, status 2."""
 
+import ast
 import errno
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 from cltjax.command import run
 from cltjax.config import read_config_file
 from cltjax.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -79,3 +82,13 @@ def test_a_config_file_that_is_wrong(tmp_path: Path, content: str, reason: str):
     path.write_text(content)
     with pytest.raises(UserError, match=reason):
         read_config_file(["--config", str(path)])
+
+
+def test_the_help_of_an_option_is_one_line_of_its_file():
+    """Where it is several, --help breaks the lines there, too."""
+    for name in ("cltjax/config.py", "capture/config.py"):
+        tree = ast.parse((REPOSITORY / name).read_text(encoding="utf-8"))
+        classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+        helps = [node.value for one in classes for node in one.body[1:] if isinstance(node, ast.Expr)]
+        assert len(helps) >= 10
+        assert [help.lineno for help in helps if help.lineno != help.end_lineno] == [], name

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_clt import B, D, forward, model
+from test_clt import RULES, B, D, forward, model
 
 from cltjax.axes import ALONE
 from cltjax.config import FEW_DEAD, K_RULES, ModelConfig, SparsityConfig, TrainConfig
-from cltjax.loss import Active, k_at, penalty_weight, revival, squared_errors
+from cltjax.loss import Active, activate, k_at, penalty_weight, revival, squared_errors
 
 
 def test_loss_in_raw_units():
@@ -56,7 +56,7 @@ def test_the_feature_at_the_cut_is_not_short_of_it():
     @nnx.jit
     def pushed(clt, rank, cut, dead):
         def cost(clt):
-            return revival(clt, normal, Active(none, none.astype(int), pre, rank, cut), dead, ALONE)
+            return revival(clt, normal, Active(none, none.astype(int), pre, rank, cut, full=none), dead, ALONE)
 
         return nnx.value_and_grad(cost)(clt)
 
@@ -83,7 +83,7 @@ def test_few_dead_features_are_pushed_as_many_are(activation: str):
     rank = clt.rank(pre)
     S, _, F = pre.shape
     cut = jnp.median(rank, -1, keepdims=True) if activation in K_RULES else jnp.zeros((1, 1, 1))
-    active = Active(cut, jnp.zeros((S, B, 1), int), pre, rank, cut)
+    active = Active(cut, jnp.zeros((S, B, 1), int), pre, rank, cut, full=cut)
 
     @nnx.jit
     def pushed(clt, dead):
@@ -96,3 +96,18 @@ def test_few_dead_features_are_pushed_as_many_are(activation: str):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(summed), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
     assert float(found[0]) > 0 and np.any(found[1].W_enc[...])
+
+
+@pytest.mark.parametrize("activation", RULES)
+def test_tokens_without_a_slot_left_are_known(activation: str):
+    """For all rules but topk, which takes no more than k."""
+    clt, *_, x = model(activation=activation)
+    normal = clt.normalise_inputs(x)
+    ks, F = jnp.array(clt.k), clt.b_enc[...].shape[1]
+    full = []
+    for slots in (max(clt.k), F):
+        active = nnx.jit(activate, static_argnums=(3, 4, 5))(clt, normal, ks, slots, 0.01, ALONE)
+        above = np.asarray(active.rank >= active.cut).sum(-1)
+        np.testing.assert_array_equal(active.full, (above >= slots) & (activation != "topk"))
+        full.append(int(active.full.sum()))
+    assert activation == "topk" or full[0] > 0 == full[1]
