@@ -41,11 +41,14 @@ LAYERS = 6
 MOST_DEAD = 0.1
 SEEDS = (0, 1, 2)
 KS = (2, 4, 8, 16)
-# The rules that a penalty steers: the weights of it that give about as many active features as KS.
-PENALTIES = {"jumprelu": (2.5e-3, 1.2e-3, 6e-4, 2e-4), "relu": (8e-2, 3.5e-2, 1.7e-2, 7e-3)}
+# The rules that a penalty steers: the weight of it by learning rate that gives about 16 active features, and how many
+# times as much gives as many as KS.
+PENALTIES = {"jumprelu": {2e-3: 2.2e-4, 4e-3: 6e-5, 8e-3: 3e-5}, "relu": {2e-3: 8e-3, 4e-3: 6e-3, 8e-3: 5e-3}}
+STRONGER = {"jumprelu": (40, 18, 5, 1), "relu": (11, 5, 2.4, 1)}
 # Most active features of a training token and source, for the rules under which the number varies. Not a bound on what
 # is measured: figures are under the thresholds alone.
 SLOTS = 32
+RULES = ("topk", "batchtopk", "topk_joint", "jumprelu", "relu")
 LONG_STEPS = 11000  # what fits into 15 minutes
 PARTS = ("sweeps", "rules", "baselines", "frontier", "long")
 
@@ -65,7 +68,8 @@ class Kind:
         if self.rule != "topk":
             options += ["--model.slots", str(SLOTS)]
         if self.rule in PENALTIES:
-            options += ["--sparsity.penalty", f"{PENALTIES[self.rule][KS.index(k)]:g}"]
+            weight = PENALTIES[self.rule][lr] * STRONGER[self.rule][KS.index(k)]
+            options += ["--sparsity.penalty", f"{weight:g}"]
         if steps is not None:
             options += ["--steps", str(steps)]
         length = "" if steps is None else "-long"
@@ -88,17 +92,12 @@ class Trial:
         return [*head, "--store", str(store.resolve()), "--out", str((out / self.name).resolve()), *self.options]
 
 
-# A penalty wants lower rates than a number of features does. Where the revival's units are not those of a rank but of
-# h |W_dec|, it has another weight.
-JOINT = {
-    "topk": Kind("topk", (2e-3, 4e-3, 8e-3)),
-    "batchtopk": Kind("batchtopk", (2e-3, 4e-3, 8e-3), "batchtopk"),
-    "topk_joint": Kind("topk_joint", (2e-3, 4e-3, 8e-3), "topk_joint"),
-    "jumprelu": Kind("jumprelu", (1e-3, 2e-3, 4e-3), "jumprelu", ("--sparsity.revive", "1e-3")),
-    "relu": Kind("relu", (1e-3, 2e-3, 4e-3), "relu", ("--sparsity.revive", "1e-3")),
-}
+RATES = (2e-3, 4e-3, 8e-3)
+# Where the revival's units are not those of a rank but of h |W_dec|, it has another weight.
+REVIVE = {"jumprelu": ("--sparsity.revive", "5e-3"), "relu": ("--sparsity.revive", "1e-3")}
+JOINT = {rule: Kind(rule, RATES, rule, REVIVE.get(rule, ())) for rule in RULES}
 PER_LAYER = Kind("per_layer", (4e-3, 8e-3, 1.6e-2), options=("--n-targets", "1"))
-OFFSET_1 = Kind("offset_1", (2e-3, 4e-3, 8e-3), options=("--offset", "1"))
+OFFSET_1 = Kind("offset_1", RATES, options=("--offset", "1"))
 SWEPT = (JOINT["topk"], PER_LAYER, OFFSET_1, *list(JOINT.values())[1:])
 
 

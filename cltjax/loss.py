@@ -41,7 +41,7 @@ def activate(clt: CLT, normal: jax.Array, k: jax.Array, slots: int, bandwidth: f
         rank = jax.lax.optimization_barrier(rank)  # computed once: `revival` compares it with the cut taken from it
     found = candidates(rank, slots, axes.model)
     kept, cut = training_cut(clt.activation, found.rank, k, axes)
-    full = kept[..., -1] & (clt.activation != "topk")  # alike on every shard of `model`
+    full = kept[..., -1] & (clt.activation != "topk")
     picked = clt.pick(normal, pre, found.indices)
     if clt.activation == "jumprelu":
         # Inactive candidates stay, with a value of 0: their decoder's gradient is what teaches their threshold.

@@ -238,7 +238,7 @@ def make_gradients(
             "error": errors / tokens,
             "power": jnp.mean(jnp.square(target), -1).sum(0) / tokens,
             "l0": total(fires.sum((1, 2)), model) / tokens,
-            "full": active.full.sum(1) / tokens,
+            "full": total(active.full.sum(1), model) / mesh.shape[model] / tokens,
         }
         return loss, (figures, fired)
 

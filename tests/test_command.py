@@ -91,4 +91,4 @@ def test_the_help_of_an_option_is_one_line_of_its_file():
         classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
         helps = [node.value for one in classes for node in one.body[1:] if isinstance(node, ast.Expr)]
         assert len(helps) >= 10
-        assert [help.lineno for help in helps if help.lineno != help.end_lineno] == [], name
+        assert [one.lineno for one in helps if one.lineno != one.end_lineno] == [], name
