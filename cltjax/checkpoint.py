@@ -226,6 +226,17 @@ def read_config(run: Path) -> dict[str, Any]:
     return found
 
 
+def read_summary(run: Path) -> dict[str, Any]:
+    """The test figures of a run, empty where it was not measured. UserError where they are damaged."""
+    path = run / SUMMARY
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): measure it again with evaluate.py") from error
+
+
 def is_data(data: Any) -> bool:
     """Whether this is what `identity` makes, as far as a run is read by it."""
     model = data.get("model") if isinstance(data, dict) else None
