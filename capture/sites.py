@@ -110,7 +110,7 @@ def locate(
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             nonlocal previous
             calls.clear()
-            entry = _stream(args, kwargs)
+            entry = hidden_states_in(args, kwargs)
             if previous is not None and entry is not None:
                 before, now = (_real(tensor, rows) for tensor in (previous, entry))
                 if not torch.equal(before.to(now.device), now):
@@ -124,10 +124,10 @@ def locate(
             nonlocal previous
             if number in found:
                 raise UserError(f"layer {number} runs more than once in a forward pass: its rows would be ambiguous")
-            out = _first(output)
+            out = hidden_states_out(output)
             try:
                 found[number] = _resolve(
-                    layers[number], mlps[number], patterns, calls, _stream(args, kwargs), out, rows
+                    layers[number], mlps[number], patterns, calls, hidden_states_in(args, kwargs), out, rows
                 )
             except _UnverifiedError as reason:
                 raise UserError(
@@ -139,7 +139,7 @@ def locate(
         return hook
 
     def watching(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        calls.append(_Call(module, _stream(args, kwargs), _first(output)))
+        calls.append(_Call(module, hidden_states_in(args, kwargs), hidden_states_out(output)))
 
     with _hooks() as handles:
         for number, (layer, mlp) in enumerate(zip(layers, mlps, strict=True)):
@@ -164,7 +164,7 @@ def record(taps: Sequence[Tap], run: Callable[[], object]) -> list[Tensor]:
 
     def receive(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            tensor = _stream(args, kwargs)
+            tensor = hidden_states_in(args, kwargs)
             if tensor is not None:
                 seen[index].append(tensor.detach())
 
@@ -172,7 +172,7 @@ def record(taps: Sequence[Tap], run: Callable[[], object]) -> list[Tensor]:
 
     def give(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            tensor = _first(output)
+            tensor = hidden_states_out(output)
             if tensor is not None:
                 seen[index].append(tensor.detach())
 
@@ -315,7 +315,7 @@ def _same(one: Tensor | None, other: Tensor | None) -> bool:
     )
 
 
-def _stream(args: tuple, kwargs: dict) -> Tensor | None:
+def hidden_states_in(args: tuple, kwargs: dict) -> Tensor | None:
     """The hidden states among a module's arguments: the first floating tensor, by position, then by name."""
     named = [kwargs[name] for name in ("hidden_states", "x") if name in kwargs]
     for value in (*args, *named, *kwargs.values()):
@@ -324,12 +324,23 @@ def _stream(args: tuple, kwargs: dict) -> Tensor | None:
     return None
 
 
-def _first(output: Any) -> Tensor | None:
+def hidden_states_out(output: Any) -> Tensor | None:
     """The hidden states among what a module returned: itself or its first item (the rest: router logits, weights)."""
     first = next(iter(output.values()), None) if isinstance(output, dict) else output
     if isinstance(first, (tuple, list)):
         first = first[0] if first else None
     return first if isinstance(first, Tensor) and first.is_floating_point() else None
+
+
+def with_hidden_states(output: Any, tensor: Tensor) -> Any:
+    """A module's output with other hidden states (where `hidden_states_out` reads them), the rest of it as it is."""
+    if isinstance(output, Tensor):
+        return tensor
+    if isinstance(output, dict):
+        first = next(iter(output))
+        return type(output)({**output, first: with_hidden_states(output[first], tensor)})
+    items = [with_hidden_states(output[0], tensor), *output[1:]]
+    return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
 
 
 def _version(tensor: Tensor | None) -> int:

@@ -69,7 +69,7 @@ class VLM:
         self.image_id = inputs.image_token_id(self.config)
         special = inputs.special_token_ids(self.config, self.processor) - {self.image_id}
         self._special_ids = np.array(sorted(special), dtype=np.int64)
-        self._base = _without_head(self.model, self.layers)
+        self.base = _without_head(self.model, self.layers)
         self._accepted = _parameters(self.model)
 
     @property
@@ -211,14 +211,14 @@ class VLM:
 
     def forward(self, batch: Mapping[str, Tensor]) -> None:
         """The text layers' work and nothing else: no gradients, no cache, no logits (or one position's)."""
-        accepted = _parameters(self._base)
+        accepted = _parameters(self.base)
         extra: dict[str, Any] = {}
-        if accepted is None or "use_cache" in accepted or isinstance(self._base, PreTrainedModel):
+        if accepted is None or "use_cache" in accepted or isinstance(self.base, PreTrainedModel):
             extra["use_cache"] = False
         if accepted and "logits_to_keep" in accepted:
             extra["logits_to_keep"] = 1
         with torch.no_grad():
-            self._base(**batch, **extra)
+            self.base(**batch, **extra)
 
 
 # Loading -----------------------------------------------------------------------------------------------------

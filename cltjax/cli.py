@@ -1,4 +1,4 @@
-"""The console script `cltjax`: what is in a store, whether all of it can be read, and what a training run needs."""
+"""The console script `cltjax`: what is in a store, what a training run needs, and what becomes of trained runs."""
 
 import argparse
 import dataclasses
@@ -83,11 +83,32 @@ class Estimate:
     """Print JSON."""
 
 
+@dataclass(frozen=True)
+class Export:
+    """Write trained runs as one CLT directory: safetensors that take and give raw activations."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run directories of train.py: one, or several with different sources."""
+    out: Path = Path("clt")
+    """The CLT directory to write."""
+    combine: Literal["gains", "backfit", "none"] | None = None
+    """How several runs become one; by default backfit where one was trained on what the others leave, else gains."""
+    store: Path | None = None
+    """The activation store that several runs are combined and measured on; by default the first run's."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """What weights are rounded to; biases and thresholds stay float32."""
+    non_negative: bool = False
+    """Allow no gain below 0."""
+    best: bool = False
+    """Export the checkpoint with the best FVU on val rows, instead of the last."""
+
+
 Command = (
     Annotated[Info, tyro.conf.subcommand("info")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Plot, tyro.conf.subcommand("plot")]
     | Annotated[Estimate, tyro.conf.subcommand("estimate")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
 )
 
 
@@ -197,7 +218,7 @@ def starting_point(args: Sequence[str]) -> Estimate | None:
 
 
 def execute(command: Command) -> None:
-    """Look into activation stores, and say what a training run needs."""
+    """Look into activation stores, say what a training run needs, and write trained runs as a CLT directory."""
     match command:
         case Info():
             show(command.store)
@@ -207,6 +228,10 @@ def execute(command: Command) -> None:
             draw_all(command.runs)
         case Estimate():
             say_cost(command)
+        case Export():
+            from cltjax.export import export
+
+            export(**vars(command))
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ Weights take and give raw activations: normalisation is folded in. docs/clt.md d
 
 import dataclasses
 import json
-import shutil
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from cltjax.errors import UserError
-from cltjax.files import temporary_name, write_json, write_whole
+from cltjax.files import whole_folder, write_json, write_whole
 from cltjax.typed import converted, fits
 from cltjax.wiring import Wiring, spell_layers, wire
 
@@ -33,7 +32,7 @@ WeightType = Literal["float32", "float16", "bfloat16"]
 FORMAT, FORMAT_VERSION = "cltjax CLT", 1
 DESCRIPTION = "clt.json"
 # What nobody reads but people: free-form JSON.
-FREE = ("model", "tokens", "metrics", "training")
+FREE = ("model", "tokens", "metrics", "combination", "training")
 DTYPES = {
     "float32": (np.dtype(np.float32), "F32"),
     "float16": (np.dtype(np.float16), "F16"),
@@ -71,6 +70,7 @@ class Description:
     dtype: WeightType
     tokens: dict[str, Any] = field(default_factory=dict)  # which tokens it was trained on
     metrics: dict[str, Any] = field(default_factory=dict)  # on test rows
+    combination: dict[str, Any] = field(default_factory=dict)  # of several runs: gains by target and source
     training: list[dict[str, Any]] = field(default_factory=list)  # the configuration of each run
     derived_from: str | None = None
 
@@ -107,14 +107,8 @@ def write_clt(folder: Path, description: Description, files: Iterable[tuple[str,
     UserError where the folder exists already. Weights are rounded to the description's dtype; biases and thresholds,
     which decide what is active, stay float32.
     """
-    if folder.exists():
-        raise UserError(f"{folder} exists already: name another --out, or delete it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(temporary_name(folder.name))
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        expected = description.files
+    expected = description.files
+    with whole_folder(folder) as temporary:
         for name, tensors in files:
             shapes = expected.pop(name)
             found = {key: value.shape for key, value in tensors.items()}
@@ -128,9 +122,6 @@ def write_clt(folder: Path, description: Description, files: Iterable[tuple[str,
         if expected:
             raise ValueError(f"lacking: {', '.join(expected)}")
         write_json(temporary / DESCRIPTION, {"format": FORMAT, "version": FORMAT_VERSION} | as_json(description))
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def tensor_type(name: str, dtype: str) -> np.dtype:

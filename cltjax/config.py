@@ -289,7 +289,7 @@ class EvaluateConfig:
     """Measure a trained run on a store's test rows."""
 
     clt: Path
-    """Run directory of train.py."""
+    """Run directory of train.py, or CLT directory of cltjax export."""
     store: Path = Path("activations")
     """The activation store whose test rows are used."""
     best: bool = False

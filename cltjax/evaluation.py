@@ -1,4 +1,4 @@
-"""Measure a run on a store's test rows, print the table, and write it into the run directory."""
+"""Measure a run or a CLT directory on a store's test rows, print the table, and write it into that folder."""
 
 import dataclasses
 import hashlib
@@ -16,12 +16,14 @@ from rich.table import Table
 from cltjax.batches import Batch, read_ahead, split_batches
 from cltjax.checkpoint import SUMMARY, identity
 from cltjax.clt import CLT
-from cltjax.config import EvaluateConfig, TrainConfig
+from cltjax.clt_directory import DESCRIPTION, CLTDirectory
+from cltjax.config import EvaluateConfig, TokensConfig, TrainConfig
 from cltjax.distributed import agree, is_main, make_mesh, say, start, together
 from cltjax.errors import UserError
 from cltjax.files import write_json
+from cltjax.folding import unfolded
 from cltjax.metrics import EVERY, mean_fvu, measure, summary
-from cltjax.normalisation import Normalisation
+from cltjax.normalisation import Normalisation, normalisation_of
 from cltjax.plots import draw
 from cltjax.ridge import fit_ridge, measure_ridge, sum_moments
 from cltjax.runs import Trained, check_unchanged, freeze, input_layers, load, load_given
@@ -29,6 +31,7 @@ from cltjax.store import ActivationStore
 from cltjax.store_format import differences
 from cltjax.tokens import NormLimits, TokenRules, token_rules
 from cltjax.training import train
+from cltjax.typed import converted
 from cltjax.wiring import Wiring
 
 QUIET = 5.0  # seconds between two lines of progress
@@ -36,11 +39,14 @@ RIDGE_SHARE = 0.5  # of the machine's memory that ridge may take
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Test FVU by target and modality, L0, dead features; the figures are also written into the run directory.
+    """Test FVU by target and modality, L0, dead features, of a run or a CLT directory; the figures are also written
+    into it.
 
-    UserError where the run cannot be measured on this store, or one that it was given is missing or has changed.
+    UserError where it cannot be measured on this store, or a run that it was given is missing or has changed.
     """
     start(config.processes)
+    if (config.clt / DESCRIPTION).is_file():
+        return evaluate_directory(config)
     with together():
         mesh = make_mesh(config.mesh)
         store = ActivationStore.open(config.store)
@@ -73,6 +79,44 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return figures
 
 
+def evaluate_directory(config: EvaluateConfig) -> dict[str, Any]:
+    """`evaluate` of a CLT directory: its weights as they are, rounded and folded."""
+    with together():
+        if config.best:
+            raise UserError(f"--best is for runs: {config.clt} is a CLT directory, which has one set of weights")
+        mesh = make_mesh(config.mesh)
+        directory, store = CLTDirectory.open(config.clt), ActivationStore.open(config.store)
+        described = directory.description
+        wiring = described.wiring
+        check_match(config.clt, {"site": described.site, "model": described.model}, store)
+        store.axis_of([*wiring.sources, *wiring.targets])
+        tokens = dict(described.tokens)
+        found = tokens.pop("limits", None)
+        limits = None if found is None else NormLimits(**{which: tuple(norms) for which, norms in found.items()})
+        rules = token_rules(store, wiring.sources, wiring.targets, converted(tokens, TokensConfig), limits)
+        rules.some_rows("test")
+        clt = unfolded(directory, normalisation_of(store, wiring.sources, wiring.targets, rules))
+    with read_ahead(split_batches(store, wiring.sources, wiring.targets, rules.group, "test")) as batches:
+        said = progress(batches, len(store.rows_of("test")), "measuring")
+        measured = measure(clt, said, rules.used_groups, mesh=mesh)
+    head: dict[str, Any] = {"split": "test", "store": str(store.path)}
+    figures = head | summary(measured, wiring.sources, wiring.targets, rules.used_groups)
+    if config.ridge:
+        figures["ridge"] = ridge_figures(clt, store, rules)
+    with together():
+        if is_main():
+            show(figures, described.n_features, Console())
+            write_json(file := beside(config.clt, store), figures)
+            print(f"figures: {file}")
+    return figures
+
+
+def beside(folder: Path, store: ActivationStore) -> Path:
+    """Where figures on a store go that are not the run's own: stores of one name may lie in different folders."""
+    where = store.path.resolve()
+    return folder / f"metrics-{where.name}-{hashlib.sha256(str(where).encode()).hexdigest()[:8]}.json"
+
+
 def about(trained: Trained, best: bool) -> dict[str, Any]:
     """Which weights are measured: part of the figures."""
     which = "best" if best else "last"
@@ -94,9 +138,7 @@ def report(trained: Trained, store: ActivationStore, figures: dict[str, Any]) ->
     if own:
         print("plots: " + "  ".join(str(path) for path in draw(run)))
     else:
-        where = store.path.resolve()  # stores of the same name lie in different folders
-        file = run / f"metrics-{where.name}-{hashlib.sha256(str(where).encode()).hexdigest()[:8]}.json"
-        write_json(file, figures)
+        write_json(file := beside(run, store), figures)
         print(f"{run} was trained on another store than {store.path}: {SUMMARY} is left as it is, see {file}")
 
 
@@ -223,9 +265,9 @@ def show(figures: dict[str, Any], features: int, console: Console) -> None:
         add("mean" if name == "CLT" else "", name, found["fvu"], None)
     add("any", "mean only", dict.fromkeys(figures["fvu"], 1.0), None)
     console.print(table)
-    if figures["checkpoint"] == "best":
+    if figures.get("checkpoint") == "best":
         print(f"the checkpoint with the best val FVU: step {figures['step']} of {figures['steps']}")
-    elif figures["step"] < figures["steps"]:
+    elif figures.get("step", 0) < figures.get("steps", 0):
         print(f"unfinished: step {figures['step']} of {figures['steps']}")
     print("rows: " + ", ".join(f"{n:,} {name}" for name, n in figures["rows_by_group"].items() if n), end="")
     print("; left out: " + (", ".join(f"{n:,} {name}" for name, n in figures["left_out"].items()) or "none"))

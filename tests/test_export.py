@@ -1,97 +1,143 @@
-"""Weights on their way out of JAX: numpy in float64, JAX and PyTorch are one function, before and after folding."""
+"""From trained runs to a CLT directory, and its figures."""
 
+import json
 from pathlib import Path
-from typing import Any
 
-import dense
 import numpy as np
 import pytest
-import torch
-from test_clt import CONSTANTS, LAYERS, RULES, B, D, F, K, close, forward, model
+from stores import synthetic_store
+from test_training import LAYERS, D, small
 
-from cltjax.clt_directory import CLTDirectory, Description, write_clt
-from cltjax.export import activation_of, folded
-from cltjax.replacement.clt import CLT as Exported
+from cltjax.cli import Export
+from cltjax.clt_directory import CLTDirectory
+from cltjax.config import EvaluateConfig, LogConfig, ModelConfig, SparsityConfig
+from cltjax.errors import UserError
+from cltjax.evaluation import evaluate, train_and_measure
+from cltjax.export import export
+from cltjax.store import ActivationStore
+from cltjax.training import train
 
-WIRINGS = [("all", 1, 3), ("0,2-3", 0, 16), ("2", 0, 1)]
-
-
-def written(folder: Path, clt: Any, offset: int, n_targets: int, dtype: Any = "float32") -> CLTDirectory:
-    """The CLT directory of a JAX CLT."""
-    about = {"id": "random", "revision": None, "class": "none", "n_layers": LAYERS, "d_model": D}
-    described = Description(
-        about, "mlp_in", F, clt.wiring.sources, offset, n_targets, activation_of(clt), "joint", dtype
-    )
-    write_clt(folder, described, folded(clt))
-    return CLTDirectory.open(folder)
+SELDOM = LogConfig(every=50, checkpoint_every=1000)
+APART = {"offset": 0, "n_targets": 16, "steps": 150, "batch_size": 128, "lr": 1e-2, "warmup": 10, "log": SELDOM}
 
 
-def by_definition(weights: dict[str, Any], wiring: Any, x: np.ndarray, activation: str) -> tuple[np.ndarray, Any]:
-    """codes [S, B, F] and raw y_hat [B, T, D] in float64; with no bound on the number of active features."""
-    normal = (x.astype(np.float64) - weights["in_mean"]) / weights["in_std"][:, None]
-    tau = weights["cut"] if activation in ("topk_joint", "batchtopk") else None
-    rule = dense.Rule(activation, (K,) * len(wiring.sources), F, tau=tau)
-    codes = dense.encode(weights, normal, rule, wiring).codes
-    y_hat = dense.decode_codes(weights["W_dec"], weights["b_dec"], codes, wiring)
-    return codes, y_hat * weights["out_std"][:, None] + weights["out_mean"]
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> ActivationStore:
+    return synthetic_store(tmp_path_factory.mktemp("export") / "store", rows=8009, layers=LAYERS, d=D)
 
 
-def in_torch(clt: Exported, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """codes [S, B, F] and y_hat [B, T, D] of a CLT directory."""
-    features = {layer: clt.encode(layer, torch.from_numpy(x[:, s])) for s, layer in enumerate(clt.sources)}
-    codes = np.zeros((len(clt.sources), len(x), F))
-    for s, layer in enumerate(clt.sources):
-        np.put_along_axis(codes[s], features[layer].indices.numpy(), features[layer].values.numpy(), -1)
-    return codes, np.stack([clt.decode(target, features).numpy() for target in clt.targets], 1)
+@pytest.fixture(scope="module")
+def apart(store: ActivationStore, tmp_path_factory) -> list[Path]:
+    """Three sources that were each trained as if there were no others."""
+    folder = tmp_path_factory.mktemp("apart")
+    return [train(small(store, folder / f"L{layer}", layer=str(layer), **APART)) for layer in (0, 1, 3)]
 
 
-@pytest.mark.parametrize("activation", RULES)
-@pytest.mark.parametrize("layers, offset, n_targets", WIRINGS)
-def test_numpy_jax_and_torch_are_one_function(tmp_path: Path, activation, layers, offset, n_targets):
-    clt, wiring, weights, x = model(layers, offset, n_targets, activation=activation)
-    codes, y_hat = by_definition(weights, wiring, x, activation)
-    assert (codes > 0).any() and (codes == 0).any()
-    if activation == "topk":
-        *_, y = forward(clt, x)
-    else:
-        found = clt.codes(x)
-        assert ((np.asarray(found) > 0) == (codes > 0)).all()
-        normal = clt.contributions_of_codes(found) + clt.b_dec[...]
-        y = normal * clt.out_std[...][:, None] + clt.out_mean[...]
-    close(y, y_hat)
-    directory = written(tmp_path / "clt", clt, offset, n_targets)
-    for lazy in (False, True):
-        torch_codes, torch_y_hat = in_torch(Exported.from_pretrained(directory.path, lazy=lazy), x)
-        assert ((torch_codes > 0) == (codes > 0)).all()
-        close(torch_codes, codes)
-        close(torch_y_hat, y_hat)
+@pytest.mark.parametrize("rule", ["topk", "batchtopk", "jumprelu"])
+def test_a_run_and_its_export_have_the_same_figures(store: ActivationStore, tmp_path: Path, rule):
+    run, out = tmp_path / "run", tmp_path / "clt"
+    train_and_measure(small(store, run, model=ModelConfig(64, 6, rule), sparsity=SparsityConfig(penalty=0.01)))
+    export([run], out, dtype="float32")
+    of_run = json.loads((run / "metrics.json").read_text())
+    of_directory = evaluate(EvaluateConfig(out, store.path))
+    for target, by in of_run["targets"].items():
+        for group, figures in by.items():
+            assert of_directory["targets"][target][group] == pytest.approx(figures, rel=1e-4, abs=1e-6)
+    assert of_directory["l0"] == pytest.approx(of_run["l0"], rel=1e-3)
+    described = CLTDirectory.open(out).description
+    assert described.combined == "joint" and described.activation.trained_as == rule
+    assert described.metrics == of_run and described.site == "mlp_in" and described.model["id"] == "synthetic"
+    assert described.training[0]["steps_done"] == 6
+    assert len(list(out.glob("metrics-store-*.json"))) == 1
+    CLTDirectory.open(out)  # figures beside the weights are no fault
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_rounded_weights_are_nearly_the_same_function(tmp_path: Path, dtype):
-    clt, wiring, weights, x = model("0,2-3", 0, 16)
-    _, y_hat = by_definition(weights, wiring, x, "topk")
-    directory = written(tmp_path / "clt", clt, 0, 16, dtype)
-    for held in (torch.float32, getattr(torch, dtype)):
-        _, found = in_torch(Exported.from_pretrained(directory.path, dtype=held), x)
-        error = np.linalg.norm(found - y_hat) / np.linalg.norm(y_hat)
-        assert 1e-5 < error < (0.05 if dtype == "float16" else 0.3)  # a rounding may put another feature among the k
-    lazy = Exported.from_pretrained(directory.path, dtype=getattr(torch, dtype), lazy=True)
-    np.testing.assert_array_equal(in_torch(lazy, x)[1], found)
+def test_rounding_to_bfloat16_changes_little(store: ActivationStore, tmp_path: Path):
+    run = train(small(store, tmp_path / "run", **APART | {"steps": 300}))
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        export([run], tmp_path / dtype, dtype=dtype)  # type: ignore[arg-type]
+        found[dtype] = evaluate(EvaluateConfig(tmp_path / dtype, store.path))["fvu"]["all"]
+    assert found["float32"] < 0.9 and 0 < abs(found["bfloat16"] - found["float32"]) < 0.002
 
 
-def test_constants_are_folded_in_and_gone(tmp_path: Path):
-    clt, *_ = model()
-    directory = written(tmp_path / "clt", clt, 1, 3)
-    names = {key for _, tensors in directory for key in tensors}
-    assert not any(constant in name for name in names for constant in (*CONSTANTS, "cut"))
+def test_gains_mend_what_a_naive_sum_counts_twice(store: ActivationStore, apart: list[Path], tmp_path: Path, capsys):
+    export(apart, tmp_path / "gains", store=store.path)
+    table = capsys.readouterr().out
+    export(apart, tmp_path / "none", combine="none", store=store.path)
+    found = {}
+    for name in ("gains", "none"):
+        described = CLTDirectory.open(tmp_path / name).description
+        assert described.combined == name and described.sources == (0, 1, 3)
+        figures = evaluate(EvaluateConfig(tmp_path / name, store.path))
+        assert figures["fvu"]["all"] == pytest.approx(described.metrics["fvu"]["all"], rel=1e-4)
+        found[name] = figures
+    assert found["gains"]["fvu"]["all"] < 0.9 * found["none"]["fvu"]["all"]
+    slopes = {name: [by["all"]["slope"] for by in one["targets"].values()] for name, one in found.items()}
+    assert 0.95 < min(slopes["gains"]) < max(slopes["gains"]) < 1.05
+    assert min(slopes["none"]) < 0.8  # of the last targets, which have three sources
+    described = CLTDirectory.open(tmp_path / "gains").description
+    assert set(described.combination["gains"]["3"]) == {"0", "1", "3"}
+    # The table is made of moments, the figures of predictions.
+    (row,) = [line for line in table.splitlines() if "│ mean" in line]
+    naive, mean, single, gains = (float(cell) for cell in row.split("│")[2:-1])
+    assert naive == pytest.approx(found["none"]["fvu"]["all"], abs=1e-4)
+    assert gains == pytest.approx(found["gains"]["fvu"]["all"], abs=1e-4)
+    assert gains < min(mean, single, naive)
 
 
-def test_equal_pre_activations_go_to_the_lowest_index(tmp_path: Path):
-    """torch.topk chooses any of them."""
-    clt, *_, x = model("2", 0, 1)
-    clt.W_enc[...] = clt.W_enc[...] * 0
-    clt.b_enc[...] = clt.b_enc[...] * 0 + 1
-    exported = Exported.from_pretrained(written(tmp_path / "clt", clt, 0, 1).path)
-    found = exported.encode(2, torch.from_numpy(x[:, 0]))
-    assert (found.indices.sort(-1).values == torch.arange(K)).all() and len(found.values) == B
+def test_gains_that_are_not_negative(store: ActivationStore, apart: list[Path], tmp_path: Path):
+    export(apart, tmp_path / "clt", store=store.path, non_negative=True)
+    combination = CLTDirectory.open(tmp_path / "clt").description.combination
+    gains = [gain for by in combination["gains"].values() for gain in by.values()]
+    assert combination["non_negative"] and min(gains) >= 0 and len(gains) == 4 + 3 + 1 + (LAYERS - 4) * 3
+
+
+def test_backfitted_runs_are_summed_as_they_were_trained(store: ActivationStore, apart: list[Path], tmp_path: Path):
+    first, second, _ = apart
+    last = tmp_path / "last"
+    train_and_measure(small(store, last, layer="3", given=(second, first), **APART))
+    export([first, last, second], tmp_path / "clt", store=store.path)
+    described = CLTDirectory.open(tmp_path / "clt").description
+    assert described.combined == "backfit"
+    of_run = json.loads((last / "metrics.json").read_text())["targets"]
+    for target, by in of_run.items():  # those that the last run writes to were measured with all three
+        assert described.metrics["targets"][target]["all"]["fvu"] == pytest.approx(by["all"]["fvu"], rel=1e-4)
+    with pytest.raises(UserError, match="was trained on what other runs leave: name these too"):
+        export([last], tmp_path / "alone")
+    with pytest.raises(UserError, match="--combine backfit: none of these runs"):
+        export(apart, tmp_path / "x", combine="backfit", store=store.path)
+
+
+def test_what_makes_no_clt_is_one_line(store: ActivationStore, apart: list[Path], tmp_path: Path):
+    other = train(small(store, tmp_path / "other", layer="2", model=ModelConfig(33, 3), **APART | {"steps": 15}))
+    again = train(small(store, tmp_path / "again", layer="0-1", **APART | {"steps": 15}))
+    for runs, options, said in (
+        ([], {}, "name a run directory"),
+        ([tmp_path / "nothing"], {}, "is no run directory"),
+        ([apart[0]], {"combine": "gains"}, "--combine gains is for several runs"),
+        ([apart[0], other], {}, "--model.features 29 and .*other 33"),
+        ([*apart, again], {}, "source 0 is in .*L0 and in .*again"),
+    ):
+        with pytest.raises(UserError, match=said):
+            export(runs, tmp_path / "clt", **options)  # type: ignore[arg-type]
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        export([apart[0]], tmp_path / "there")
+    export([apart[0]], tmp_path / "clt")
+    with pytest.raises(UserError, match="--best is for runs"):
+        evaluate(EvaluateConfig(tmp_path / "clt", store.path, best=True))
+
+
+def test_options_of_the_command_are_arguments():
+    assert set(vars(Export((Path("runs/L0"),)))) == set(export.__annotations__) - {"return"}
+
+
+def test_a_store_of_another_model_is_refused(store: ActivationStore, apart: list[Path], tmp_path: Path):
+    wider = synthetic_store(tmp_path / "wider", rows=501, layers=LAYERS, d=D + 2)
+    export([apart[0]], tmp_path / "clt")
+    with pytest.raises(UserError, match=r"d_model"):
+        evaluate(EvaluateConfig(tmp_path / "clt", wider.path))
+    with pytest.raises(UserError, match=r"d_model"):
+        export(apart, tmp_path / "other", store=wider.path)
+    assert not np.any([path.name == "other" for path in tmp_path.iterdir()])
