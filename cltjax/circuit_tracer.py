@@ -16,7 +16,7 @@ config.yaml is read and written with PyYAML, which huggingface_hub and transform
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,8 @@ from cltjax.clt_directory import (
 from cltjax.errors import UserError
 from cltjax.files import whole_folder, write_json, write_whole
 from cltjax.foreign import Files, common_type, one_line, read_json, read_tensors
+from cltjax.store import ActivationStore
+from cltjax.tokens import rules_of_clt
 
 TRACER_FORMAT, TRACER_VERSION = "cltjax CLT in circuit-tracer's form", 1
 CONFIG = "config.yaml"
@@ -48,6 +50,7 @@ INPUT_HOOKS = {"mlp_in": "mlp.hook_in", "resid_mid": "hook_resid_mid"}
 SITES = {hook: site for site, hook in INPUT_HOOKS.items()} | {"hook_resid_pre": "resid_pre"}  # read, not written
 OUTPUT_HOOKS = ("hook_mlp_out", "mlp.hook_out")
 BINS = 1 << 16  # of a float's bits, in each of two passes
+ROWS = 2048  # of pre-activations at a time
 
 
 # To circuit-tracer --------------------------------------------------------------------------------------------------
@@ -94,6 +97,27 @@ def write_circuit_tracer(
             activation = Activation("jumprelu", trained_as=described.activation.trained_as or described.activation.kind)
             derived = dataclasses.replace(derived, activation=activation, metrics={})
         write_json(folder / DESCRIPTION, {"format": TRACER_FORMAT, "version": TRACER_VERSION} | as_json(derived))
+
+
+def export_circuit_tracer(path: Path, out: Path, store: Path | None) -> None:
+    """`write_circuit_tracer` of the CLT directory `path`; the thresholds of a topk CLT are calibrated on `val` rows of
+    `store`, so that each layer's mean L0 stays what it is. UserError where that cannot be done."""
+    directory, thresholds = CLTDirectory.open(path), None
+    if directory.description.activation.kind == "topk" and store is not None:
+        thresholds = topk_thresholds(directory.description, partial(val_pre_activations, directory, store))
+    write_circuit_tracer(directory, out, thresholds)
+    print(f"{out}: circuit-tracer's form of {path}" + (", thresholds from val rows" if thresholds else ""))
+
+
+def val_pre_activations(directory: CLTDirectory, store: Path, source: int) -> Iterator[np.ndarray]:
+    """h [B, F] float32 of a source layer on the used `val` rows of a store, in pieces."""
+    opened = ActivationStore.open(store)
+    rows = rules_of_clt(directory, opened).some_rows("val")
+    weights = directory.tensors(f"W_enc_{source}.safetensors")
+    W_enc, b_enc = weights[f"W_enc_{source}"].astype(np.float32), weights[f"b_enc_{source}"]
+    for start in range(0, len(rows), ROWS):
+        x = opened.read("site", rows[start : start + ROWS], (source,))[:, 0].astype(np.float32)
+        yield x @ W_enc.T + b_enc
 
 
 def check_thresholds(directory: CLTDirectory, thresholds: Mapping[int, np.ndarray] | None) -> None:

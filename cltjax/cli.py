@@ -85,22 +85,63 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Export:
-    """Write trained runs as one CLT directory: safetensors that take and give raw activations."""
+    """Write trained runs as one CLT directory: safetensors that take and give raw activations. Or a CLT directory in
+    circuit-tracer's form."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run directories of train.py: one, or several with different sources."""
+    """Run directories of train.py: one, or several with different sources; with --circuit-tracer, a CLT directory."""
     out: Path = Path("clt")
-    """The CLT directory to write."""
+    """The directory to write."""
     combine: Literal["gains", "backfit", "none"] | None = None
     """How several runs become one; by default backfit where one was trained on what the others leave, else gains."""
     store: Path | None = None
-    """The activation store that several runs are combined and measured on; by default the first run's."""
+    """The activation store that runs are combined, or thresholds calibrated on; by default the first run's."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """What weights are rounded to; biases and thresholds stay float32."""
     non_negative: bool = False
     """Allow no gain below 0."""
     best: bool = False
     """Export the checkpoint with the best FVU on val rows, instead of the last."""
+    circuit_tracer: bool = False
+    """Write circuit-tracer's form of a CLT directory; one trained with topk needs --store."""
+
+
+@dataclass(frozen=True)
+class Import:
+    """Read a CLT of circuit-tracer, or EleutherAI's transcoders, into a CLT directory."""
+
+    folder: tyro.conf.Positional[Path]
+    """A folder with config.yaml (circuit-tracer), or one with a sub-folder for each transcoder (sae.safetensors)."""
+    out: Path = Path("clt")
+    """The CLT directory to write."""
+    model: str | None = None
+    """EleutherAI: the language model, where config.json does not say."""
+    n_layers: int | None = None
+    """EleutherAI: the layers of the language model; by default one more than the highest transcoder's."""
+
+
+@dataclass(frozen=True)
+class Push:
+    """Upload a CLT directory or an activation store to the Hugging Face hub, with a model card made of clt.json."""
+
+    folder: tyro.conf.Positional[Path]
+    """The CLT directory or store."""
+    repo: tyro.conf.Positional[str]
+    """OWNER/NAME of the repository: a model repository for a CLT, a data set's for a store."""
+    private: bool = False
+    """Make the repository private."""
+
+
+@dataclass(frozen=True)
+class Pull:
+    """Download a CLT directory or an activation store from the Hugging Face hub."""
+
+    repo: tyro.conf.Positional[str]
+    """OWNER/NAME, or datasets/OWNER/NAME."""
+    out: Path = Path("clt")
+    """The folder to write."""
+    revision: str | None = None
+    """A branch, tag or commit of the repository."""
 
 
 Command = (
@@ -109,6 +150,9 @@ Command = (
     | Annotated[Plot, tyro.conf.subcommand("plot")]
     | Annotated[Estimate, tyro.conf.subcommand("estimate")]
     | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Import, tyro.conf.subcommand("import")]
+    | Annotated[Push, tyro.conf.subcommand("push")]
+    | Annotated[Pull, tyro.conf.subcommand("pull")]
 )
 
 
@@ -202,6 +246,42 @@ def shape_of(options: Estimate) -> ModelShape:
     return shape if options.store_dtype is None else dataclasses.replace(shape, dtype=options.store_dtype)
 
 
+def write_export(options: Export) -> None:
+    """Write runs as a CLT directory, or a CLT directory in circuit-tracer's form."""
+    rest = {name: value for name, value in vars(options).items() if name != "circuit_tracer"}
+    if not options.circuit_tracer:
+        from cltjax.export import export
+
+        export(**rest)
+        return
+    from cltjax.circuit_tracer import export_circuit_tracer
+
+    if len(options.runs) != 1:
+        raise UserError("--circuit-tracer takes one CLT directory: cltjax export clt --circuit-tracer --out tracer")
+    for name in ("combine", "non_negative", "best"):
+        if rest[name]:
+            raise UserError(f"--{name.replace('_', '-')} is for runs: with --circuit-tracer, leave it out")
+    if options.dtype != "float32":
+        raise UserError("--dtype is for runs: with --circuit-tracer weights stay what they are in the CLT directory")
+    export_circuit_tracer(options.runs[0], options.out, options.store)
+
+
+def read_import(options: Import) -> None:
+    """Write what another program's folder holds as a CLT directory."""
+    from cltjax.circuit_tracer import CONFIG, import_circuit_tracer
+    from cltjax.clt_directory import write_clt
+    from cltjax.eleuther import import_eleuther
+
+    if (options.folder / CONFIG).is_file():
+        if options.model or options.n_layers:
+            raise UserError(f"--model and --n-layers are for EleutherAI's transcoders: {options.folder} says both")
+        found, files = import_circuit_tracer(options.folder)
+    else:
+        found, files = import_eleuther(options.folder, options.model, options.n_layers)
+    write_clt(options.out, found, files)
+    print(f"{options.out}: {found.activation.kind}, sources {found.wiring.name[1:]}, F={found.n_features}")
+
+
 def starting_point(args: Sequence[str]) -> Estimate | None:
     """What `cltjax estimate --config FILE` starts from: the file's model, unless a store is named beside it."""
     if args[:1] != ["estimate"]:
@@ -218,7 +298,7 @@ def starting_point(args: Sequence[str]) -> Estimate | None:
 
 
 def execute(command: Command) -> None:
-    """Look into activation stores, say what a training run needs, and write trained runs as a CLT directory."""
+    """Look into activation stores, say what a training run needs, and move CLTs between formats and machines."""
     match command:
         case Info():
             show(command.store)
@@ -229,9 +309,17 @@ def execute(command: Command) -> None:
         case Estimate():
             say_cost(command)
         case Export():
-            from cltjax.export import export
+            write_export(command)
+        case Import():
+            read_import(command)
+        case Push():
+            from cltjax.hub import push
 
-            export(**vars(command))
+            print(push(command.folder, command.repo, command.private))
+        case Pull():
+            from cltjax.hub import pull
+
+            print(pull(command.repo, command.out, command.revision))
 
 
 def main() -> None:

@@ -137,12 +137,17 @@ def moment_sums(clt: CLT, x: jax.Array, y: jax.Array, folds: jax.Array) -> dict[
 
 
 def moments_of(clt: CLT, batches: Iterable[tuple[Batch, np.ndarray]]) -> Moments:
-    """The moments over batches of (rows, number of each row's sample): a sample is in one fold."""
+    """The moments over batches of (rows, fold of each)."""
     found = Moments()
-    for batch, sample in batches:
-        folds = jnp.asarray(sample[:, None] % FOLDS == np.arange(FOLDS), jnp.float32)
+    for batch, fold in batches:
+        folds = jnp.asarray(fold[:, None] == np.arange(FOLDS), jnp.float32)
         found.add(jax.device_get(moment_sums(clt, jnp.asarray(batch.x), jnp.asarray(batch.y), folds)))
     return found
+
+
+def folds_of(sample: np.ndarray) -> np.ndarray:
+    """The fold of each row, given its sample's number: a sample is in one fold, and folds have about as many."""
+    return np.unique(sample, return_inverse=True)[1] % FOLDS
 
 
 def rows_at_once(wiring: Wiring, d_model: int) -> int:
@@ -174,6 +179,7 @@ def fit_gains(moments: Moments, wiring: Wiring, non_negative: bool = False) -> G
     T, S, D = every.c.shape
     gain, intercept, penalty = np.zeros((T, S)), np.zeros((T, D)), np.zeros(T)
     splits = [(moments.over(np.arange(FOLDS) != fold), moments.over([fold])) for fold in range(FOLDS)]
+    splits = [(fitted, held_out) for fitted, held_out in splits if fitted.count and held_out.count]
     for t, target in enumerate(wiring.targets):
         own = writers(wiring, target)
 

@@ -17,7 +17,7 @@ from cltjax.batches import Batch, read_ahead, split_batches
 from cltjax.checkpoint import SUMMARY, identity
 from cltjax.clt import CLT
 from cltjax.clt_directory import DESCRIPTION, CLTDirectory
-from cltjax.config import EvaluateConfig, TokensConfig, TrainConfig
+from cltjax.config import EvaluateConfig, TrainConfig
 from cltjax.distributed import agree, is_main, make_mesh, say, start, together
 from cltjax.errors import UserError
 from cltjax.files import write_json
@@ -29,9 +29,8 @@ from cltjax.ridge import fit_ridge, measure_ridge, sum_moments
 from cltjax.runs import Trained, check_unchanged, freeze, input_layers, load, load_given
 from cltjax.store import ActivationStore
 from cltjax.store_format import differences
-from cltjax.tokens import NormLimits, TokenRules, token_rules
+from cltjax.tokens import NormLimits, TokenRules, rules_of_clt, token_rules
 from cltjax.training import train
-from cltjax.typed import converted
 from cltjax.wiring import Wiring
 
 QUIET = 5.0  # seconds between two lines of progress
@@ -55,7 +54,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     clt, tokens = trained.clt, trained.config.tokens
     agree("another store or run", [trained.data, identity(store)])
     with together():
-        check_match(config.clt, trained.data, store)
+        store.check_trained_on(config.clt, trained.data["site"], trained.data["model"])
         check_unchanged(trained, given)
         sources, targets = input_layers(clt.wiring, given), clt.wiring.targets
         store.axis_of([*sources, *targets])
@@ -88,12 +87,7 @@ def evaluate_directory(config: EvaluateConfig) -> dict[str, Any]:
         directory, store = CLTDirectory.open(config.clt), ActivationStore.open(config.store)
         described = directory.description
         wiring = described.wiring
-        check_match(config.clt, {"site": described.site, "model": described.model}, store)
-        store.axis_of([*wiring.sources, *wiring.targets])
-        tokens = dict(described.tokens)
-        found = tokens.pop("limits", None)
-        limits = None if found is None else NormLimits(**{which: tuple(norms) for which, norms in found.items()})
-        rules = token_rules(store, wiring.sources, wiring.targets, converted(tokens, TokensConfig), limits)
+        rules = rules_of_clt(directory, store)
         rules.some_rows("test")
         clt = unfolded(directory, normalisation_of(store, wiring.sources, wiring.targets, rules))
     with read_ahead(split_batches(store, wiring.sources, wiring.targets, rules.group, "test")) as batches:
@@ -158,13 +152,6 @@ def earlier_ridge(run: Path, figures: dict[str, Any]) -> dict[str, Any]:
     except ValueError:  # damaged: it is replaced by a whole one
         return {}
     return {"ridge": before["ridge"]} if "ridge" in before and before.get("digest") == figures["digest"] else {}
-
-
-def check_match(run: Path, data: dict[str, Any], store: ActivationStore) -> None:
-    """UserError where `store` holds another model's activations, or another site's, than `run` was trained on."""
-    trained = {"site": data["site"], "model": data["model"]}
-    for name, was, found in differences(trained, {"site": store.site, "model": store.model}):
-        raise UserError(f"{run} was trained on a store with {name} {was}, but {store.path} has {found}")
 
 
 def scales_of(clt: CLT) -> Normalisation:

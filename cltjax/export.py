@@ -18,6 +18,7 @@ from cltjax.combine import (
     Moments,
     compare,
     fit_gains,
+    folds_of,
     joined,
     joint_wiring,
     moments_of,
@@ -155,12 +156,12 @@ def rules_of(trained: Trained, wiring: Wiring, store: ActivationStore) -> TokenR
 def moments(clt: CLT, store: ActivationStore, rules: TokenRules, split: str) -> Moments:
     """The moments of a split's used rows."""
     wiring, rows = clt.wiring, rules.some_rows(split)
-    sample, size = store.column("sample")[rows], rows_at_once(clt.wiring, store.d_model)
+    fold, size = folds_of(store.column("sample")[rows]), rows_at_once(clt.wiring, store.d_model)
 
     def batches() -> Iterator[tuple[Batch, np.ndarray]]:
         found = row_batches(store, wiring.sources, wiring.targets, rules.group, rows, size)
         for number, (batch, _) in enumerate(found):
-            yield batch, sample[number * size : (number + 1) * size]
+            yield batch, fold[number * size : (number + 1) * size]
 
     with read_ahead(batches()) as ahead:
         return moments_of(clt, ahead)

@@ -10,7 +10,7 @@ The format is docs/store.md; it is written by cltjax/store_writer.py. No torch a
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -279,6 +279,15 @@ class ActivationStore:
         if unknown := [layer for layer in layers if layer not in places]:
             raise UserError(f"layer {unknown[0]} is not in {self.path}, which holds layers {brief(self.layers)}")
         return [places[layer] for layer in layers]
+
+    def check_trained_on(self, what: Path, site: str, model: Mapping[str, Any]) -> None:
+        """UserError where this store holds another model's activations, or another site's, than `what` was trained on.
+        What is not known of that model (an imported CLT's) is not compared."""
+        for name, was, here in differences(
+            {"site": site, "model": dict(model)}, {"site": self.site, "model": self.model}
+        ):
+            if was is not None:
+                raise UserError(f"{what} was trained on a store with {name} {was}, but {self.path} has {here}")
 
     def read(self, which: str, rows: np.ndarray | slice, layers: Sequence[int]) -> np.ndarray:
         """[len(rows), len(layers), d] of "site" or "mlp_out" in the order asked for; the stored type, int8 as float32.

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
+from cltjax.clt_directory import CLTDirectory
 from cltjax.config import TokensConfig
 from cltjax.errors import UserError
 from cltjax.statistics import is_outlier, outlier_threshold
 from cltjax.store import ActivationStore
 from cltjax.store_format import IMAGE, SPECIAL, SPLITS, TEXT
+from cltjax.typed import check_types
 
 OUTLIER = 3
 GROUPS = {"text": TEXT, "image": IMAGE, "special": SPECIAL, "outlier": OUTLIER}
@@ -100,6 +102,27 @@ def token_rules(
         outlier &= np.isin(modality, used_modalities(tokens))
     group = np.where(outlier, np.uint8(OUTLIER), modality)
     return TokenRules(store.path, tokens, limits, group, store.split)
+
+
+def rules_of_clt(directory: CLTDirectory, store: ActivationStore) -> TokenRules:
+    """The token rules that a CLT was trained with, for a store of the same model and site; this program's own where it
+    does not say (an imported one).
+
+    UserError for a store of another model or site, or without its layers, and for rules that are none.
+    """
+    described, wiring = directory.description, directory.description.wiring
+    store.check_trained_on(directory.path, described.site, described.model)
+    store.axis_of([*wiring.sources, *wiring.targets])
+    options = dict(described.tokens)
+    try:
+        limits = options.pop("limits", None)
+        if limits is not None:
+            limits = NormLimits(**{which: tuple(map(float, norms)) for which, norms in limits.items()})
+        tokens = TokensConfig(**options)
+        check_types(tokens)
+    except (TypeError, ValueError, AttributeError, UserError) as error:
+        raise UserError(f"{directory.path}: its token rules cannot be read ({error}): export the CLT again") from error
+    return token_rules(store, wiring.sources, wiring.targets, tokens, limits)
 
 
 def used_modalities(tokens: TokensConfig) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from cltjax.combine import (
     Moments,
     compare,
     fit_gains,
+    folds_of,
     joined,
     joint_wiring,
     moments_of,
@@ -71,14 +72,14 @@ def test_joined_runs_predict_the_sum(activation: str):
 
 
 def rows(clt: Any, n: int, seed: int = 3) -> tuple[Batch, np.ndarray]:
-    """Inputs, targets that follow from the contributions with gains of their own and noise, and sample numbers."""
+    """Inputs, targets that follow from the contributions with gains of their own and noise, and folds."""
     rng = np.random.default_rng(seed)
     x = rng.normal(0, 3, (n, len(clt.wiring.sources), D)).astype(np.float32)
     c = contributions(clt, x)
     true = rng.uniform(0.2, 0.8, c.shape[1:3])
     normal = np.einsum("ts,btsd->btd", true, c) + rng.normal(0, 1, (n, c.shape[1], D)) + 0.7
     y = normal * np.asarray(clt.out_std[...])[:, None] + np.asarray(clt.out_mean[...])
-    return Batch(x, y.astype(np.float32)), rng.integers(0, 1000, n)
+    return Batch(x, y.astype(np.float32)), rng.integers(0, FOLDS, n)
 
 
 def contributions(clt: Any, x: np.ndarray) -> np.ndarray:
@@ -126,9 +127,9 @@ def test_moments_give_the_error_of_any_gains():
     batch, sample = rows(clt, 101)
     moments = moments_of(clt, [(batch, sample)])
     assert moments.count.sum() == 101 and len(moments.count) == FOLDS
-    np.testing.assert_array_equal(moments.count, np.bincount(sample % FOLDS, minlength=FOLDS))
+    np.testing.assert_array_equal(moments.count, np.bincount(sample, minlength=FOLDS))
     c, y, rng = contributions(clt, batch.x), normal_targets(clt, batch.y), np.random.default_rng(0)
-    chosen = np.isin(sample % FOLDS, (1, 4))
+    chosen = np.isin(sample, (1, 4))
     for t, target in enumerate(clt.wiring.targets):
         own = writers(clt.wiring, target)
         g, b = rng.normal(size=len(own)), rng.normal(size=D)
@@ -176,3 +177,16 @@ def test_sources_that_each_predict_the_whole_share_it():
 def test_a_source_in_two_runs_is_refused():
     with pytest.raises(UserError, match="source 1 is in a and in b: name it once"):
         joint_wiring([("a", wire("0-1", 5, 1, 3)), ("b", wire("1", 5, 1, 3))], 5, 1, 3)
+
+
+@pytest.mark.parametrize("samples", [1, 3, 100])
+def test_few_samples_leave_folds_empty(samples: int):
+    clt = whole()
+    batch, _ = rows(clt, 211)
+    sample = 16 * (np.arange(211) % samples)  # as the splits of a store may leave them
+    folds = folds_of(sample)
+    assert len(np.unique(folds)) == min(samples, FOLDS)
+    assert all(len(np.unique(folds[sample == one])) == 1 for one in sample)
+    gains = fit_gains(moments_of(clt, [(batch, folds)]), clt.wiring)
+    assert np.isfinite(gains.gain).all() and np.isfinite(gains.intercept).all() and np.any(gains.gain)
+    assert samples > 1 or not gains.penalty.any()  # nothing to choose it by

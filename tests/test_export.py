@@ -5,16 +5,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from stores import synthetic_store
 from test_training import LAYERS, D, small
 
-from cltjax.cli import Export
+from cltjax.cli import Export, main
 from cltjax.clt_directory import CLTDirectory
 from cltjax.config import EvaluateConfig, LogConfig, ModelConfig, SparsityConfig
 from cltjax.errors import UserError
 from cltjax.evaluation import evaluate, train_and_measure
 from cltjax.export import export
+from cltjax.replacement import clt as torch_clt
 from cltjax.store import ActivationStore
+from cltjax.tokens import rules_of_clt
 from cltjax.training import train
 
 SELDOM = LogConfig(every=50, checkpoint_every=1000)
@@ -130,7 +133,7 @@ def test_what_makes_no_clt_is_one_line(store: ActivationStore, apart: list[Path]
 
 
 def test_options_of_the_command_are_arguments():
-    assert set(vars(Export((Path("runs/L0"),)))) == set(export.__annotations__) - {"return"}
+    assert set(vars(Export((Path("runs/L0"),)))) - {"circuit_tracer"} == set(export.__annotations__) - {"return"}
 
 
 def test_a_store_of_another_model_is_refused(store: ActivationStore, apart: list[Path], tmp_path: Path):
@@ -141,3 +144,58 @@ def test_a_store_of_another_model_is_refused(store: ActivationStore, apart: list
     with pytest.raises(UserError, match=r"d_model"):
         export(apart, tmp_path / "other", store=wider.path)
     assert not np.any([path.name == "other" for path in tmp_path.iterdir()])
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
+    """The exit status of the console script."""
+    monkeypatch.setattr("sys.argv", ["cltjax", *map(str, args)])
+    try:
+        main()
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
+
+
+def test_to_circuit_tracer_and_back(store, apart, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """A topk CLT gets thresholds under which its mean L0 on val rows is what it was; nothing else changes."""
+    assert command(monkeypatch, "export", *apart[:2], "--store", store.path, "--out", tmp_path / "clt") == 0
+    assert command(monkeypatch, "export", tmp_path / "clt", "--circuit-tracer", "--out", tmp_path / "tracer") == 2
+    assert "name the --store" in capsys.readouterr().err
+    to = ("--circuit-tracer", "--out", tmp_path / "tracer", "--store", store.path)
+    assert command(monkeypatch, "export", tmp_path / "clt", *to) == 0
+    assert command(monkeypatch, "import", tmp_path / "tracer", "--out", tmp_path / "back") == 0
+    first, back = (CLTDirectory.open(tmp_path / name) for name in ("clt", "back"))
+    assert back.description.activation.kind == "jumprelu" and back.description.wiring == first.description.wiring
+    for name, tensors in first:
+        for key, value in tensors.items():
+            np.testing.assert_array_equal(back.tensors(name)[key], value)
+    rows = rules_of_clt(first, store).rows("val")
+    for place, source in enumerate(first.description.sources):
+        x = torch.from_numpy(store.read("site", rows, (source,))[:, 0].astype(np.float32))
+        active = [
+            int((torch_clt.CLT.from_pretrained(one.path).encode(source, x).values > 0).sum()) for one in (first, back)
+        ]
+        assert active[0] == active[1] > len(rows) * first.description.activation.k[place] / 2
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("a", "b"), "takes one CLT directory"),
+        (("a", "--combine", "none"), "--combine is for runs"),
+        (("a", "--dtype", "bfloat16"), "--dtype is for runs"),
+        (("a",), "is no CLT directory"),
+    ],
+)
+def test_wrong_options_for_circuit_tracer(tmp_path, monkeypatch, capsys, args, said):
+    monkeypatch.chdir(tmp_path)
+    assert command(monkeypatch, "export", *args, "--circuit-tracer", "--out", "x") == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_wrong_options_for_import(tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.yaml").write_text("model_kind: cross_layer_transcoder\n")
+    assert command(monkeypatch, "import", tmp_path, "--model", "x") == 2
+    assert "are for EleutherAI's transcoders" in capsys.readouterr().err
+    assert command(monkeypatch, "import", tmp_path / "nothing") == 2
+    assert str(tmp_path / "nothing") in capsys.readouterr().err
