@@ -206,11 +206,12 @@ def _check_row(
     if isinstance(image, _BadRowError):
         raise image
     path = (root / name).resolve()
-    sample = Sample(**identity, split=image.split, image=str(path), load=lambda: _load_image(path))
+    sample = Sample(**identity, split=image.split, image=str(path), load=lambda: load_image(path))
     return sample, image.digest
 
 
-def _load_image(path: Path) -> Image.Image:
+def load_image(path: Path) -> Image.Image:
+    """An image file as it is meant to be seen, in RGB. OSError where it cannot be read."""
     with Image.open(path) as image:
         return ImageOps.exif_transpose(image).convert("RGB")  # photographs may lie on their side
 

@@ -144,6 +144,37 @@ class Pull:
     """A branch, tag or commit of the repository."""
 
 
+@dataclass(frozen=True)
+class Generate:
+    """Ask a VLM a question, and its replacement model, whose MLPs' writes are the CLT's; and either with interventions
+    on features."""
+
+    prompt: str
+    """The question."""
+    clt: Path = Path("clt")
+    """The CLT directory."""
+    model: str = "examples/shapes/model"
+    """A Hugging Face model id, or a folder that holds a model: the one that the CLT was trained on."""
+    image: Path | None = None
+    """The image."""
+    change: Annotated[tuple[str, ...], tyro.conf.arg(name="set")] = ()
+    """Interventions LAYER:FEATURE[@POSITIONS]CHANGE: 3:1234=5.0, 3:1234*2, 3:1234@image=0, 3:1234@7+1.5, 3:7=0..2."""
+    n: int = 32
+    """Most tokens of an answer."""
+    in_original: bool = False
+    """Intervene in the original model: what the features write more or less goes on top of its own MLPs."""
+    within: tuple[int, int] | None = None
+    """First and last layer that interventions may write to; by default all."""
+    template: str = "chat"
+    """`chat` (the model's own template), `llava-1.5`, or text with {image} and {prompt} (backslash n is a newline)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs."""
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """What the model computes in; auto is float32 on a CPU and bfloat16 on a GPU."""
+    other_revision: bool = False
+    """Take a CLT that was trained on another revision of the model."""
+
+
 Command = (
     Annotated[Info, tyro.conf.subcommand("info")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
@@ -151,6 +182,7 @@ Command = (
     | Annotated[Estimate, tyro.conf.subcommand("estimate")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Import, tyro.conf.subcommand("import")]
+    | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Push, tyro.conf.subcommand("push")]
     | Annotated[Pull, tyro.conf.subcommand("pull")]
 )
@@ -312,6 +344,10 @@ def execute(command: Command) -> None:
             write_export(command)
         case Import():
             read_import(command)
+        case Generate():
+            from cltjax.replacement.answer import generate
+
+            generate(**vars(command))
         case Push():
             from cltjax.hub import push
 

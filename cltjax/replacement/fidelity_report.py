@@ -14,68 +14,61 @@ from cltjax.files import write_whole
 from cltjax.plots import COLOURS, STYLE, log_scale
 from cltjax.replacement.resampling import Figure
 
-SHORT = {"agree": "top-1 as the original", "kl": "KL, nats per token", "ce": "cross-entropy", "right": "top-1 is right"}
-WHERE = {"all": "all tokens", "answer": "answer", "first": "first answer token", "hard": "hard tokens"}
+NAMES = {"agree": "top-1", "kl": "KL", "ce": "CE"}
+GENERATED = {"exact match": "exact match", "whole": "same answer", "prefix": "same so far", "equal": "same tokens"}
+WHERE = {"all": "all tokens", "first": "first answer"}  # the other groups have short names
+LEGEND = """top-1: next tokens as the original's. KL, CE: nats per token. 95 %: of the replaced model.
+All tokens: of text and answers, teacher-forced; hard: the original is right, and less sure than 0.8.
+Recovered: loss, against each ablation; * has the lower loss, and stands under `replaced`.
+Free answers: as the reference, as the original's, its tokens until the first other one, and at all."""
 ZERO_KL = 1e-7  # what float32 makes of no divergence: a logarithmic axis ends here
 
 
 def show(figures: Mapping[str, Any], models: Sequence[str], console: Console | None = None) -> None:
     """Print what was measured on what, and the figures of the models side by side."""
     console = console or Console()
-    counted, clt, replaced = figures["counts"], figures["clt"], models[1]
+    counted, clt, forced = figures["counts"], figures["clt"], figures["teacher_forced"]
     split, spec = figures["settings"]["split"], figures["dataset"]["spec"]
-    title = f"{counted['samples']:,} {split} samples of {spec} about {counted['units']:,} images or prompts"
+    title = f"{counted['samples']:,} {split} samples of {spec}, {counted['units']:,} images"
     table = Table("", title=title, title_justify="left")
-    for name in (*models[:2], f"95 % ({replaced})", *models[2:]):
+    for name in (*models[:2], "95 %", *(name.replace("-", "-\n") for name in models[2:])):
         table.add_column(name, justify="right")
 
-    def add(label: str, of: Callable[[str], Figure | None], form: str = ".4f") -> None:
-        cells = {name: spelled(of(name), form) for name in models}
-        first, second, *others = (cells[name] for name in models)
-        table.add_row(label, first, second, between(of(replaced), form), *others)
-
-    forced = figures["teacher_forced"]
-    for group in ("all", "answer", "first", "hard"):
-        if not counted["tokens"][group]:
-            continue
-        for figure in ("agree",) if group == "hard" else ("agree", "kl", "ce"):
-            add(f"{WHERE[group]}: {SHORT[figure]}", lambda name, of=(group, figure): forced[name][of[0]][of[1]])
+    def head(label: str) -> None:
         table.add_section()
-    for group, found in figures["loss_recovered"].items():
-        against = {name: found[name] for name in models[2:]}
-        best = found["lower"]
-        label = f"{WHERE[group]}: loss recovered"
-        marked = [f"{spelled(one)}{' *' if name == found['lower is'] else ''}" for name, one in against.items()]
-        table.add_row(label, "1", spelled(best), between(best), *marked)
-    table.add_section()
+        table.add_row(f"[bold]{label}")
+
+    def add(label: str, of: Callable[[str], Figure], form: str = ".4f") -> None:
+        first, second, *others = (spelled(of(name), form) for name in models)
+        table.add_row(f"  {label}", first, second, between(of(models[1]), form), *others)
+
+    for group in (group for group in forced[models[0]] if counted["tokens"][group]):
+        head(f"{WHERE.get(group, group)}: {counted['tokens'][group]:,}")
+        for figure in ("agree",) if group.startswith("hard") else ("agree", "kl", "ce"):
+            add(NAMES[figure], lambda name, group=group, figure=figure: forced[name][group][figure])
+        if recovered := figures["loss_recovered"].get(group):
+            marks = {name: " *" if name == recovered["lower is"] else "" for name in models[2:]}
+            against = [spelled(recovered[name]) + marks[name] for name in models[2:]]
+            lower = recovered["lower"]
+            table.add_row("  recovered", "1", spelled(lower), between(lower), *against)
     for kind, by in figures.get("generated", {}).items():
+        head(f"{'free' if kind == 'all' else kind}: {counted['answers of'][kind]:,}")
         for figure in by[models[0]]:
-            add(
-                f"{GENERATED[figure]}{'' if kind == 'all' else f' ({kind})'}", lambda name, f=figure, by=by: by[name][f]
-            )
-    table.add_section()
+            add(GENERATED[figure], lambda name, by=by, figure=figure: by[name][figure])
     task = figures["task"]
-    for rule, by in ((rule, task[rule]) for rule in task if isinstance(task[rule], dict)):
-        for dimension, found in by.items():
-            of = rule if dimension == "all" else f"{rule}, {dimension}"
-            for figure in found[models[0]] if dimension == "all" else ("accuracy",):
-                add(f"{of}: {figure}", lambda name, f=figure, found=found: found[name][f], ".3f")
+    for rule in (rule for rule, found in task.items() if isinstance(found, dict)):
+        for dimension, by in task[rule].items():
+            head(rule if dimension == "all" else dimension)
+            for figure in by[models[0]]:
+                add(figure, lambda name, by=by, figure=figure: by[name][figure])
     console.print(table)
-    print("loss recovered: against each ablation; * the one with the lower loss, which stands under 'replaced'")
-    answers = ", ".join(f"{n:,} {kind}" for kind, n in counted["answers"].items() if n)
-    tokens = ", ".join(f"{n:,} {group}" for group, n in counted["tokens"].items())
-    print(f"answers: {answers}; tokens: {tokens}")
+    print(LEGEND)
+    if "positive" in task:
+        print(f"precision and recall: of the answer {task['positive']}")
+    print("answers: " + ", ".join(f"{n:,} {kind}" for kind, n in counted["answers"].items() if n))
     print(f"mean-ablated: the mean over {figures['ablation']['mean of']}")
-    real = f"; MLPs {clt['uncovered']} stay real in all four" if clt["uncovered"] else ""
+    real = f"; MLPs {clt['uncovered']} stay real in all models" if clt["uncovered"] else ""
     print(f"replaced or ablated: MLPs {clt['covered']}{real}")
-
-
-GENERATED = {
-    "exact match": "answers freely: exact match",
-    "whole": "answers freely: the original's answer",
-    "prefix": "answers freely: its tokens, to the first other",
-    "equal": "answers freely: its tokens, overall",
-}
 
 
 def spelled(figure: Figure | None, form: str = ".4f") -> str:
@@ -83,7 +76,7 @@ def spelled(figure: Figure | None, form: str = ".4f") -> str:
 
 
 def between(figure: Figure | None, form: str = ".4f") -> str:
-    return "-" if figure is None or figure["value"] is None else f"{figure['low']:{form}} to {figure['high']:{form}}"
+    return "-" if figure is None or figure["value"] is None else f"{figure['low']:{form}}, {figure['high']:{form}}"
 
 
 def plot_layers(found: Mapping[str, Any], path: Path) -> Path:
@@ -114,6 +107,6 @@ def line(axes: Axes, found: Mapping[str, Any], figure: str, least: float) -> Non
         if len(here) < len(places):  # no such token: the same at every layer
             continue
         value, low, high = ([max(one[which], least) for one in here] for which in ("value", "low", "high"))
-        axes.plot(places, value, marker="o", markersize=4, color=colour, label=WHERE[group])
+        axes.plot(places, value, marker="o", markersize=4, color=colour, label=f"{WHERE.get(group, group)} token")
         axes.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
     axes.grid(alpha=0.3)

@@ -3,7 +3,9 @@
     columns = forced(vlm, {"original": nullcontext, "replaced": replaced.active}, prompts, answers)
 
 Counted are predictions of text tokens and of the answer's tokens, its end token included; what stands before an image
-token says nothing. Logits are reduced batch by batch, and where vocabulary and prompts are large, part by part.
+token says nothing. The image placeholder is no token to predict, as it is none to generate: an answer at all of whose
+tokens top-1 is right is the one that greedy decoding gives. Logits are reduced batch by batch, and where vocabulary and
+prompts are large, part by part.
 """
 
 import inspect
@@ -54,13 +56,18 @@ def forced(vlm: VLM, runs: Runs, prompts: list[Encoded], answers: list[list[int]
 def _forced(vlm: VLM, runs: Runs, encoded: list[Encoded], starts: list[int]) -> dict[Key, np.ndarray]:
     chosen, places = counted(vlm, encoded, starts)
     batch = vlm.collate(encoded)
+    if vlm.sites is None:
+        vlm.verify(batch)
     sample, place = (torch.from_numpy(found) for found in np.nonzero(chosen[:, places]))
     following = batch["input_ids"][:, 1:].cpu()[torch.from_numpy(chosen)]
     columns: dict[Key, np.ndarray] = {}
 
     def predicted() -> Tensor:
         found = logits_at(vlm, batch, torch.from_numpy(places).to(vlm.device))
-        return found[sample.to(found.device), place.to(found.device)]
+        found = found[sample.to(found.device), place.to(found.device)]
+        if vlm.image_id is not None:
+            found[:, vlm.image_id] = -torch.inf
+        return found
 
     def summed(values: np.ndarray) -> np.ndarray:
         return np.bincount(sample.numpy(), weights=values, minlength=len(encoded))
@@ -144,7 +151,7 @@ def compare(own: Tensor, other: Tensor, following: Tensor) -> dict[str, np.ndarr
     for rows in chunks(own):
         p, q = (logits[rows].float().log_softmax(-1) for logits in (own, other.to(own.device)))
         ids = following[rows].to(own.device)
-        # where the original gives no probability at all (a masked token) there is none to lose
+        # the image placeholder has no probability, so none to lose
         lost = torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum(-1)
         top = q.argmax(-1)
         found["agree"].append(top == p.argmax(-1))

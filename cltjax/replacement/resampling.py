@@ -9,6 +9,7 @@ answers weigh as much in a resample as in the figure.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,7 @@ class Resampled:
 
     def __init__(
         self,
-        columns: Mapping[Hashable, np.ndarray],
+        columns: Mapping[Any, np.ndarray],
         units: Sequence[Hashable],
         seed: int = 0,
         resamples: int = RESAMPLES,
