@@ -2,6 +2,8 @@
 
 import ast
 import errno
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,3 +94,17 @@ def test_the_help_of_an_option_is_one_line_of_its_file():
         helps = [node.value for one in classes for node in one.body[1:] if isinstance(node, ast.Expr)]
         assert len(helps) >= 10
         assert [one.lineno for one in helps if one.lineno != one.end_lineno] == [], name
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--clt", "nothing", "--store", "none"], "no activation store at none"),
+        (["--clt", "nothing", "--model", "examples/shapes/model"], "nothing is no CLT directory"),
+        (["--clt", "nothing", "--model=x", "--ridge"], "ridge"),  # an option of the other kind of measuring
+    ],
+)
+def test_evaluate_measures_a_clt_or_with_a_model_its_replacement(options: list[str], said: str):
+    command = [sys.executable, str(REPOSITORY / "evaluate.py"), *options]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    assert ended.returncode == 2 and said in ended.stdout + ended.stderr

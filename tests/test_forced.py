@@ -1,0 +1,156 @@
+"""cltjax/replacement/forced.py: sums over tokens against plain numpy on all logits; an exact CLT loses nothing."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from capture.vlm import VLM
+from cltjax.replacement import forced as module
+from cltjax.replacement.forced import GROUPS, ORIGINAL, certain, compare, forced
+from cltjax.replacement.model import ReplacementModel
+from tests.families import FAMILIES, IMAGE_ID, VOCABULARY, Encoded, Family
+from tests.test_replacement import (
+    _one_thread,  # noqa: F401
+    case,  # noqa: F401
+    exact_clt,
+    original,
+    random_clt,
+    without_images,
+    wrapped,
+)
+
+SAID = np.arange(VOCABULARY) != IMAGE_ID
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max()
+    return shifted - np.log(np.exp(shifted).sum())
+
+
+def by_hand(
+    vlm: VLM, model: ReplacementModel, prompts: Sequence[Encoded], answers: Sequence[list[int]]
+) -> dict[tuple[str, ...], np.ndarray]:
+    """As `forced`, a sample and a token at a time, in float64, from logits at all positions."""
+    found: dict[tuple[str, ...], np.ndarray] = {}
+
+    def add(key: tuple[str, ...], sample: int, value: float) -> None:
+        found.setdefault(key, np.zeros(len(prompts)))[sample] += value
+
+    for sample, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        batch = vlm.collate([vlm.extend(prompt, answer)])
+        logits = {
+            ORIGINAL: original(vlm, batch)[0].double().numpy(),
+            "replaced": model.forward(batch)[0].double().numpy(),
+        }
+        for each in logits.values():
+            each[:, IMAGE_ID] = -np.inf
+        ids, begin = batch["input_ids"][0].tolist(), prompt["input_ids"].shape[1]
+        kinds = vlm.modality(np.array(ids))
+        for place in range(1, len(ids)):
+            own = log_softmax(logits[ORIGINAL][place - 1])
+            hard = own.argmax() == ids[place] and np.exp(own.max()) < 0.8
+            groups = {
+                "all": kinds[place] == 0 or place >= begin,
+                "answer": place >= begin,
+                "first": place == begin,
+                "hard": hard and (kinds[place] == 0 or place >= begin),
+                "hard answer": hard and place >= begin,
+            }
+            for group, inside in groups.items():
+                add(("tokens", group), sample, float(inside))
+                for name in logits:
+                    other = log_softmax(logits[name][place - 1])
+                    figures = {
+                        "agree": other.argmax() == own.argmax(),
+                        "kl": (np.exp(own[SAID]) * (own[SAID] - other[SAID])).sum(),
+                        "ce": -other[ids[place]],
+                        "right": other.argmax() == ids[place],
+                    }
+                    for figure, value in figures.items():
+                        add((name, group, figure), sample, float(value) if inside else 0.0)
+        for name in logits:
+            right = [logits[name][begin - 1 + i].argmax() == token for i, token in enumerate(answer)]
+            add((name, "exact"), sample, float(all(right)))
+    return found
+
+
+@pytest.mark.parametrize("images", [True, False])
+def test_each_family_as_by_hand(
+    case: tuple[Family, VLM],  # noqa: F811
+    images: bool,
+    tmp_path: Path,
+) -> None:
+    family, vlm = case
+    prompts = family.samples() if images else without_images(family)
+    own = vlm.generate(prompts, 4)
+    answers = [own[0], own[1][:1], [own[2][0], 7, 11]]  # right, short, wrong after its first token
+    model = ReplacementModel(vlm, random_clt(tmp_path / "clt", vlm))
+    found = forced(vlm, {ORIGINAL: nullcontext, "replaced": model.active}, prompts, answers)
+    expected = by_hand(vlm, model, prompts, answers)
+    assert found.keys() == expected.keys()
+    for key, values in expected.items():
+        assert np.allclose(found[key], values, rtol=1e-3, atol=1e-4), key
+    assert found[ORIGINAL, "exact"].tolist() == [1, 1, 0]
+    assert found["tokens", "answer"].tolist() == [len(answer) for answer in answers]
+    assert found["tokens", "hard answer"].sum() > 0 and found["replaced", "answer", "kl"].min() > 0.01
+
+
+def test_parts_make_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vlm, family = wrapped("qwen2_vl"), FAMILIES["qwen2_vl"]
+    prompts, answers = family.samples(), [[5, 6, 7], [8], [9, 10]]
+    model = ReplacementModel(vlm, random_clt(tmp_path / "clt", vlm))
+    runs = {ORIGINAL: nullcontext, "replaced": model.active}
+    whole = forced(vlm, runs, prompts, answers)
+    sizes: list[tuple[int, int]] = []
+
+    def counting(vlm: VLM, batch: dict[str, torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
+        found = logits_at(vlm, batch, positions)
+        sizes.append((len(batch["input_ids"]), found.shape[1]))
+        return found
+
+    logits_at = module.logits_at
+    monkeypatch.setattr(module, "logits_at", counting)
+    monkeypatch.setattr(module, "MOST_LOGITS", 2 * 61 * 17)
+    monkeypatch.setattr(module, "CHUNK", 3 * 61)
+    parts = forced(vlm, runs, prompts, answers)
+    assert [size for size, _ in sizes] == [2, 2, 1, 1]
+    longest = max(one["input_ids"].shape[1] for one in prompts)
+    assert max(positions for _, positions in sizes) < longest  # nothing is computed at image tokens
+    for key, values in whole.items():
+        assert np.allclose(parts[key], values, rtol=1e-4, atol=1e-5), key
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_an_exact_clt_loses_nothing(name: str, tmp_path: Path) -> None:
+    vlm, family = wrapped(name), FAMILIES[name]
+    prompts = family.samples()
+    answers = vlm.generate(prompts, 3)
+    batch = vlm.collate([vlm.extend(one, answer) for one, answer in zip(prompts, answers, strict=True)])
+    model = ReplacementModel(vlm, exact_clt(tmp_path / "clt", vlm, batch, "mlp_in", (0, 1, 2)))
+    runs = {ORIGINAL: nullcontext, "replaced": model.active, "one": lambda: model.active((1,))}
+    found = forced(vlm, runs, prompts, answers)
+    for name in ("replaced", "one"):
+        for group in GROUPS:
+            assert found[name, group, "agree"].tolist() == found["tokens", group].tolist()
+            assert np.abs(found[name, group, "kl"]).max() < 1e-4
+            assert np.allclose(found[name, group, "ce"], found[ORIGINAL, group, "ce"], atol=1e-3)
+        assert found[name, "exact"].tolist() == [1, 1, 1]
+    model.clt.b_dec[1] += 0.5
+    assert forced(vlm, runs, prompts, answers)["one", "all", "kl"].min() > 1e-3
+
+
+def test_figures_of_single_rows() -> None:
+    own = torch.tensor([[2.0, 0.0, -torch.inf], [0.0, 1.0, 3.0], [5.0, 1.0, 0.0]])
+    other = torch.tensor([[0.0, 1.0, -torch.inf], [0.0, 1.0, 3.0], [4.0, 1.0, 6.0]])
+    found = compare(own, other, torch.tensor([1, 2, 0]))
+    p = np.exp(2) / (1 + np.exp(2))
+    kl = p * (np.log(p) - np.log(1 / (1 + np.e))) + (1 - p) * (np.log(1 - p) - np.log(np.e / (1 + np.e)))
+    assert found["kl"][0] == pytest.approx(kl, rel=1e-5) and found["kl"][1] == 0 and found["kl"][2] > 1
+    assert found["agree"].tolist() == [0, 1, 0] and found["right"].tolist() == [1, 1, 0]
+    assert found["ce"][0] == pytest.approx(np.log(1 + np.exp(-1)), rel=1e-5)
+    share, right = certain(own, torch.tensor([1, 2, 0]))
+    assert right.tolist() == [0, 1, 1] and share[0] == pytest.approx(p, rel=1e-5)
