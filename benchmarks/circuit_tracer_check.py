@@ -1,4 +1,4 @@
-"""Does circuit-tracer take what `cltjax export --circuit-tracer` writes, and find the same features in a Llama with it?
+"""Does circuit-tracer take what `cltjax export --circuit-tracer` writes, and find the same features with it?
 
     python -m benchmarks.circuit_tracer_check write FOLDER          # here: a tiny Llama, a CLT, what it does to a prompt
     OTHER/bin/python benchmarks/circuit_tracer_check.py check FOLDER     # where circuit-tracer is installed
@@ -11,7 +11,9 @@ shares of the largest value, and exits with 1 where one is above 1e-4 or another
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,22 +74,26 @@ def write(folder: Path) -> None:
         directory = CLTDirectory.open(folder / kind / "clt")
         clt = CLT.from_pretrained(directory.path)
         thresholds = None
+        h = {layer: clt.pre_activations(layer, x[layer]).numpy() for layer in sources}
         if kind == "topk":
-            thresholds = topk_thresholds(described, lambda layer: iter([clt.pre_activations(layer, x[layer]).numpy()]))
+            thresholds = topk_thresholds(described, partial(pieces, h))
         write_circuit_tracer(directory, folder / kind / "tracer", thresholds)
         codes = np.zeros((LAYERS, TOKENS, F), np.float32)
         y_hat = np.zeros((LAYERS, TOKENS, D), np.float32)
         for layer in sources:
-            h = clt.pre_activations(layer, x[layer]).numpy()
             limit = files[f"W_enc_{layer}.safetensors"].get(f"threshold_{layer}", np.zeros(F))
             limit = limit if thresholds is None else thresholds[layer]
-            codes[layer] = np.where(h > limit, h, 0)
+            codes[layer] = np.where(h[layer] > limit, h[layer], 0)
             for j, target in enumerate(described.wiring.targets_of(layer)):
                 y_hat[target] += codes[layer] @ files[f"W_dec_{layer}.safetensors"][f"W_dec_{layer}"][:, j]
         for target in described.wiring.targets:
             y_hat[target] += files["b_dec.safetensors"][f"b_dec_{target}"]
         found |= {f"{kind}.codes": codes, f"{kind}.y_hat": y_hat}
     save_file(found, folder / "expected.safetensors")
+
+
+def pieces(h: dict[int, np.ndarray], layer: int) -> list[np.ndarray]:
+    return [h[layer]]
 
 
 def check(folder: Path) -> int:
@@ -107,7 +113,7 @@ def check(folder: Path) -> int:
             y_hat = model.transcoders.decode(codes.to_sparse())
         theirs = {"codes": codes.float().detach().numpy(), "y_hat": y_hat.float().detach().numpy()}
         # It zeroes the first position; leave it out.
-        report = {"case": kind}
+        report: dict[str, Any] = {"case": kind}
         for name, value in theirs.items():
             ours = expected[f"{kind}.{name}"][:, 1:]
             report[name] = float(np.abs(value[:, 1:] - ours).max() / np.abs(ours).max())
