@@ -1,6 +1,6 @@
 """Does circuit-tracer take what `cltjax export --circuit-tracer` writes, and find the same features with it?
 
-    python -m benchmarks.circuit_tracer_check write FOLDER          # here: a tiny Llama, a CLT, what it does to a prompt
+    python -m benchmarks.circuit_tracer_check write FOLDER     # here: a tiny Llama, a CLT, what it does to a prompt
     OTHER/bin/python benchmarks/circuit_tracer_check.py check FOLDER     # where circuit-tracer is installed
 
 circuit-tracer needs packages of its own: pip install circuit-tracer nnsight==0.6.1 transformers==4.57.3 torch.
