@@ -35,9 +35,8 @@ def write(folder: Path) -> None:
 
     torch.manual_seed(0)
     shape = {"hidden_size": D, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
-    llama = LlamaForCausalLM(
-        LlamaConfig(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=1, pad_token_id=2, **shape)
-    )
+    shape |= {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    llama = cast(Any, LlamaForCausalLM)(cast(Any, LlamaConfig)(**shape))
     llama.save_pretrained(folder / "llama")
     words = {f"w{i}": i for i in range(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w2"))
