@@ -366,7 +366,7 @@ def test_one_validation_row_is_enough(store: ActivationStore, tmp_path: Path):
 
 
 def test_without_val_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    """What is calibrated on them does not begin; the rest is not measured on the way, and its best is its last."""
+    """What is calibrated on them does not begin; the rest is not measured on the way, and has no best."""
     store = synthetic_store(tmp_path / "store", rows=400, layers=LAYERS, d=D, splits=("train", "test"))
     for rule in ("batchtopk", "topk_joint"):
         with pytest.raises(UserError, match="no val rows"):
