@@ -22,7 +22,7 @@ from scipy.optimize import nnls
 
 from cltjax.batches import Batch
 from cltjax.clt import CLT
-from cltjax.decode import decode_source
+from cltjax.decode import decode_source, decode_source_codes
 from cltjax.errors import UserError
 from cltjax.folding import empty, renormalised, thresholds_of
 from cltjax.normalisation import Normalisation
@@ -120,8 +120,7 @@ def moment_sums(clt: CLT, x: jax.Array, y: jax.Array, folds: jax.Array) -> dict[
     else:
         codes = clt.codes(x)
         written = [
-            jnp.einsum("bf,ftd->btd", codes[s], clt.W_dec[str(source)][...], precision="highest")
-            for s, source in enumerate(wiring.sources)
+            decode_source_codes(clt.W_dec[str(source)][...], codes[s]) for s, source in enumerate(wiring.sources)
         ]
     blank = jnp.zeros(target.shape)
     c = jnp.stack([blank.at[:, window].set(one) for window, one in zip(wiring.windows, written, strict=True)], 2)

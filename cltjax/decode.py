@@ -74,12 +74,16 @@ def decode(
     return y_hat
 
 
+def decode_source_codes(W_dec: jax.Array, codes: jax.Array) -> jax.Array:
+    """`decode_source` of dense codes [B, F], by a matrix product: [B, T_l, D]."""
+    return jnp.einsum("bf,ftd->btd", codes, W_dec, precision=jax.lax.Precision.HIGHEST)
+
+
 def decode_codes(W_dec: Mapping[str, jax.Array], codes: jax.Array, wiring: Wiring) -> jax.Array:
     """`decode` of dense codes [S, B, F], by matrix products: for measuring rules under which a token may have any
     number of active features. Training never makes such codes."""
     B, D = codes.shape[1], W_dec[str(wiring.sources[0])].shape[-1]
     y_hat = zeros((B, len(wiring.targets), D), codes, *W_dec.values())
     for s, (source, window) in enumerate(zip(wiring.sources, wiring.windows, strict=True)):
-        written = jnp.einsum("bf,ftd->btd", codes[s], W_dec[str(source)], precision=jax.lax.Precision.HIGHEST)
-        y_hat = y_hat.at[:, window].add(written)
+        y_hat = y_hat.at[:, window].add(decode_source_codes(W_dec[str(source)], codes[s]))
     return y_hat

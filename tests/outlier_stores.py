@@ -4,11 +4,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from store_cases import Case, make_case, write
 
 from cltjax.config import TokensConfig
 from cltjax.store import ActivationStore
 from cltjax.tokens import TokenRules, token_rules
+from store_cases import Case, make_case, write
 
 LAYERS = (1, 3, 4)  # captured, of seven
 MODALITIES = (0, 1, 2)

@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store_cases import make_case, write
-from stores import synthetic_store
 
 from cltjax.batches import (
     Batch,
@@ -30,6 +28,8 @@ from cltjax.errors import UserError
 from cltjax.store import IMAGE, ActivationStore
 from cltjax.tokens import NormLimits, TokenRules, token_rules
 from cltjax.wiring import wire
+from store_cases import make_case, write
+from stores import synthetic_store
 
 D = 7
 ORDER_CRC32 = 2256106614

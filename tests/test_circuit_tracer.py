@@ -12,7 +12,6 @@ import pytest
 import torch
 import yaml
 from safetensors.numpy import load_file, save_file
-from test_clt_directory import LAYERS, D, F, description, random_files
 
 import cltjax.circuit_tracer as tracer
 from cltjax.circuit_tracer import (
@@ -24,6 +23,7 @@ from cltjax.circuit_tracer import (
 from cltjax.clt_directory import Activation, CLTDirectory, Description, write_clt
 from cltjax.errors import UserError
 from cltjax.replacement.clt import CLT
+from test_clt_directory import LAYERS, D, F, description, random_files
 
 B = 11
 # sources, offset, n_targets: gaps, a window that ends before the model, own layers, all of them

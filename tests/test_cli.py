@@ -2,11 +2,11 @@ import json
 from pathlib import Path
 
 import pytest
-from stores import synthetic_store
 
 from cltjax.cli import main, show, verify
 from cltjax.errors import UserError
 from cltjax.store import ActivationStore
+from stores import synthetic_store
 
 
 @pytest.fixture

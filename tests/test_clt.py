@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import dense
 import jax
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import dense
 from cltjax.clt import CLT
 from cltjax.config import ModelConfig
 from cltjax.errors import UserError

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.optimize import nnls
-from test_clt import LAYERS, B, D, close, forward, model
 
 from cltjax.batches import Batch
 from cltjax.combine import (
@@ -26,6 +25,7 @@ from cltjax.combine import (
 from cltjax.errors import UserError
 from cltjax.folding import thresholds_of
 from cltjax.wiring import wire
+from test_clt import LAYERS, B, D, close, forward, model
 
 OFFSET, N_TARGETS = 1, 3
 

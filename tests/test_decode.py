@@ -2,13 +2,13 @@
 
 from typing import Any
 
-import dense
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import cltjax.decode
+import dense
 from cltjax.decode import decode
 from cltjax.encode import pick, pre_activations
 from cltjax.wiring import wire

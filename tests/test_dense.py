@@ -4,15 +4,15 @@ import itertools
 from dataclasses import replace
 from typing import Any
 
-import dense
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense import Given, Rule
 
+import dense
 from cltjax.config import ModelConfig, SparsityConfig, TrainConfig
 from cltjax.wiring import Wiring, wire
+from dense import Given, Rule
 
 B, D, F, K, LAYERS, STEP = 17, 11, 31, 5, 5, 7
 RULES = ("topk", "topk_joint", "batchtopk", "jumprelu", "relu")

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from test_circuit_tracer import as_here, inputs
-from test_clt_directory import LAYERS, D, F
 
 from cltjax.clt_directory import write_clt
 from cltjax.eleuther import import_eleuther
 from cltjax.errors import UserError
+from test_circuit_tracer import as_here, inputs
+from test_clt_directory import LAYERS, D, F
 
 
 def sparsify(folder: Path, layers: tuple[int, ...], ks: tuple[int, ...], F: int = F) -> None:

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from stores import synthetic_store
 
 from cltjax.config import ModelConfig, SparsityConfig, TrainConfig
 from cltjax.errors import UserError
@@ -34,6 +33,7 @@ from cltjax.estimate import (
 from cltjax.normalisation import blank
 from cltjax.step import abstract_state, graph_of, make_step
 from cltjax.wiring import wire
+from stores import synthetic_store
 
 RATES = Rates(flops=1e9, bandwidth=1e8, link=1e7)
 # Sources 0, 1, 2 with 2, 2, 1 targets among layers 1, 2, 3.

@@ -6,8 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from stores import synthetic_store
-from test_training import LAYERS, D, small
 
 from cltjax.cli import Export, main
 from cltjax.clt_directory import CLTDirectory
@@ -19,6 +17,8 @@ from cltjax.replacement import clt as torch_clt
 from cltjax.store import ActivationStore
 from cltjax.tokens import rules_of_clt
 from cltjax.training import train
+from stores import synthetic_store
+from test_training import LAYERS, D, small
 
 SELDOM = LogConfig(every=50, checkpoint_every=1000)
 APART = {"offset": 0, "n_targets": 16, "steps": 150, "batch_size": 128, "lr": 1e-2, "warmup": 10, "log": SELDOM}

@@ -25,7 +25,9 @@ from cltjax.replacement.model import AblatedModel
 from cltjax.replacement.scores import task_of
 from examples.shapes import asking as demo
 from examples.shapes.benchmark_files import write
-from tests.test_replacement import _one_thread, exact_clt, random_clt  # noqa: F401
+from test_replacement import exact_clt, random_clt
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 DEMO = "examples/shapes/model"
 SAMPLES = 17  # of the test split, one of which is a description

@@ -3,15 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-import dense
 import numpy as np
 import pytest
 import torch
-from test_clt import CONSTANTS, LAYERS, RULES, B, D, F, K, close, forward, model
 
+import dense
 from cltjax.clt_directory import CLTDirectory, Description, write_clt
 from cltjax.folding import activation_of, folded
 from cltjax.replacement import clt as torch_clt
+from test_clt import CONSTANTS, LAYERS, RULES, B, D, F, K, close, forward, model
 
 WIRINGS = [("all", 1, 3), ("0,2-3", 0, 16), ("2", 0, 1)]
 

@@ -12,9 +12,8 @@ from capture.vlm import VLM
 from cltjax.replacement import forced as module
 from cltjax.replacement.forced import GROUPS, ORIGINAL, certain, compare, forced
 from cltjax.replacement.model import ReplacementModel
-from tests.families import FAMILIES, IMAGE_ID, VOCABULARY, Encoded, Family
-from tests.test_replacement import (
-    _one_thread,  # noqa: F401
+from families import FAMILIES, IMAGE_ID, VOCABULARY, Encoded, Family
+from test_replacement import (
     case,  # noqa: F401
     exact_clt,
     original,
@@ -22,6 +21,8 @@ from tests.test_replacement import (
     without_images,
     wrapped,
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SAID = np.arange(VOCABULARY) != IMAGE_ID
 

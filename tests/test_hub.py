@@ -14,14 +14,14 @@ import yaml
 from huggingface_hub import CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
-from stores import synthetic_store
-from test_clt_directory import D, description, random_files
 
 from cltjax import hub
 from cltjax.clt_directory import Activation, CLTDirectory, write_clt
 from cltjax.errors import UserError
 from cltjax.hub import model_card, pull, push
 from cltjax.store import ActivationStore
+from stores import synthetic_store
+from test_clt_directory import D, description, random_files
 
 RESPONSE: Any = SimpleNamespace(headers={}, request=None)
 METRICS = {

@@ -15,9 +15,8 @@ from cltjax.errors import UserError
 from cltjax.replacement.clt import CLT, Features
 from cltjax.replacement.interventions import Intervention, Positions, Tokens, intervene, put
 from cltjax.replacement.model import OnFeatures, ReplacementModel, SteeredModel
-from tests.families import EOS, FAMILIES, IMAGE_ID, Encoded, Family
-from tests.test_replacement import (
-    _one_thread,  # noqa: F401
+from families import EOS, FAMILIES, IMAGE_ID, Encoded, Family
+from test_replacement import (
     assert_teacher_forced,
     case,  # noqa: F401
     close,
@@ -28,6 +27,8 @@ from tests.test_replacement import (
     without_images,
     wrapped,
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 INFINITY = float("inf")
 KINDS = [ReplacementModel, SteeredModel]

@@ -1,16 +1,16 @@
 """The terms of the loss by themselves: in raw units, and the schedules. Gradients: tests/test_step.py."""
 
-import dense
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_clt import RULES, B, D, forward, model
 
+import dense
 from cltjax.axes import ALONE
 from cltjax.config import FEW_DEAD, K_RULES, ModelConfig, SparsityConfig, TrainConfig
 from cltjax.loss import Active, activate, k_at, penalty_weight, revival, squared_errors
+from test_clt import RULES, B, D, forward, model
 
 
 def test_loss_in_raw_units():

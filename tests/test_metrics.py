@@ -1,11 +1,10 @@
 """FVU, calibration slope, L0 and dead features against their definitions in float64."""
 
-import dense
 import jax
 import numpy as np
 import pytest
-from stores import synthetic_store
 
+import dense
 from cltjax.batches import Batch, split_batches
 from cltjax.clt import CLT
 from cltjax.config import ModelConfig, TokensConfig
@@ -15,6 +14,7 @@ from cltjax.metrics import Fit, Measured, calibrate, fit_sums, measure, membersh
 from cltjax.normalisation import Normalisation, normalisation_of
 from cltjax.tokens import GROUPS, NormLimits, token_rules
 from cltjax.wiring import wire
+from stores import synthetic_store
 
 F, K = 23, 3
 USED = (0, 1)  # text and image

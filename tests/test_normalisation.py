@@ -4,8 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from outlier_stores import LAYERS, Large, outlier_store, rules_of
-from store_cases import make_case, write
 
 from cltjax import normalisation
 from cltjax.errors import UserError
@@ -13,6 +11,8 @@ from cltjax.normalisation import Normalisation, blank, normalisation_of
 from cltjax.store import ActivationStore
 from cltjax.tokens import TokenRules
 from cltjax.wiring import wire
+from outlier_stores import LAYERS, Large, outlier_store, rules_of
+from store_cases import make_case, write
 
 SOURCES, TARGETS = (1, 4), (4, 3)
 

@@ -18,7 +18,6 @@ import jax
 import numpy as np
 import optax
 import pytest
-from stores import synthetic_store
 
 from cltjax import distributed
 from cltjax.checkpoint import Checkpoints, read_lines
@@ -32,6 +31,7 @@ from cltjax.step import TrainState, abstract_state
 from cltjax.store import ActivationStore
 from cltjax.training import train
 from cltjax.wiring import wire
+from stores import synthetic_store
 
 LAYERS, D = 3, 7
 PATIENCE = 120  # seconds after which a process is taken to hang

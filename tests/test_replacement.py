@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,19 +18,12 @@ from cltjax.errors import UserError
 from cltjax.replacement.clt import CLT, Features
 from cltjax.replacement.model import AblatedModel, ReplacementModel, Rewritten
 from cltjax.wiring import spell_layers, wire
-from tests.families import EOS, FAMILIES, IMAGE_ID, LLAMA4, Encoded, Family, processor
-from tests.test_vlm import _custom
+from families import EOS, FAMILIES, IMAGE_ID, LLAMA4, Encoded, Family, processor
+from test_vlm import _custom
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LAYERS = 3  # of every tiny model
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tiny matrices: a second thread only costs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @functools.cache

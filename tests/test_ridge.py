@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stores import synthetic_store
 
 from cltjax.batches import Batch, split_batches
 from cltjax.config import TokensConfig
@@ -13,6 +12,7 @@ from cltjax.normalisation import normalisation_of
 from cltjax.ridge import PENALTIES, fit_ridge, measure_ridge, normalise, sum_moments
 from cltjax.tokens import token_rules
 from cltjax.wiring import wire
+from stores import synthetic_store
 
 
 def batches_of(store, wiring, rules, split, size=2048):

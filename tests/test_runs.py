@@ -8,8 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stores import synthetic_store
-from test_training import LAYERS, D, small
 
 from cltjax import evaluation
 from cltjax.batches import Batch, split_batches
@@ -25,6 +23,8 @@ from cltjax.store import ActivationStore
 from cltjax.tokens import token_rules
 from cltjax.training import train
 from cltjax.wiring import wire
+from stores import synthetic_store
+from test_training import LAYERS, D, small
 
 SELDOM = LogConfig(every=50, checkpoint_every=1000)
 

@@ -13,13 +13,13 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
-from test_step import FAST, RULES, Case, D, arguments, case, close, mesh_of
-from test_step import settings as configuration
 
 from cltjax.config import TrainConfig
 from cltjax.sparsity import candidates
 from cltjax.step import Frozen, make_step
 from cltjax.wiring import wire
+from test_step import FAST, RULES, Case, D, arguments, case, close, mesh_of
+from test_step import settings as configuration
 
 B, F, K, SLOTS = 48, 40, 3, 6
 MESHES = ((1, 8), (8, 1), (2, 4), (4, 2))

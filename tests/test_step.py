@@ -3,7 +3,6 @@
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import dense
 import jax
 import numpy as np
 import optax
@@ -13,6 +12,7 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import dense
 from cltjax.config import ModelConfig, SparsityConfig, TrainConfig
 from cltjax.normalisation import Normalisation
 from cltjax.step import (

@@ -15,12 +15,12 @@ import pytest
 import tensorstore as ts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store_cases import LAYERS, Case, D, as_read, make_case, write
 
 from cltjax import store as store_module
 from cltjax.errors import UserError
 from cltjax.store import ActivationStore
 from cltjax.store_format import COLUMNS, MANIFEST, dequantise, part_folder, quantise
+from store_cases import LAYERS, Case, D, as_read, make_case, write
 
 SHARD = 141  # three blocks of 47
 WIDTHS = (3, 1, 2, 0, 4, 2, 1, 7, 9, 6)

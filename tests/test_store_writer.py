@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from store_cases import Case, contents, feed, make_case, write
 
 from cltjax.errors import UserError
 from cltjax.store import ActivationStore
 from cltjax.store_format import MANIFEST, block_rows, part_folder
 from cltjax.store_writer import Rows, StoreWriter
+from store_cases import Case, contents, feed, make_case, write
 
 STEPS = ("_append_samples", "_write_statistics", "_write_manifest", "_publish_as", "_finalise", "_resized")
 

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from outlier_stores import LAYERS, Large, outlier_store, rules_of
-from stores import synthetic_store
 
 from cltjax.config import TokensConfig
 from cltjax.errors import UserError
 from cltjax.store import ActivationStore
 from cltjax.tokens import GROUPS, OUTLIER, NormLimits, token_rules
+from outlier_stores import LAYERS, Large, outlier_store, rules_of
+from stores import synthetic_store
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from stores import synthetic_store
 
 from cltjax.checkpoint import Checkpoints, Lines, last_step, read_lines
 from cltjax.config import Activation, DataConfig, EvaluateConfig, LogConfig, ModelConfig, TrainConfig, from_json
@@ -32,6 +31,7 @@ from cltjax.step import abstract_state, schedule
 from cltjax.store import ActivationStore
 from cltjax.training import Loop, Trend, train
 from cltjax.wiring import wire
+from stores import synthetic_store
 
 LAYERS, D = 4, 13
 

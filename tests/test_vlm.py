@@ -2,7 +2,6 @@
 
 import functools
 import shutil
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +17,7 @@ from capture.sites import SITES, Patterns
 from capture.vlm import VLM, load, wrap
 from cltjax.errors import UserError
 from examples.shapes.vlm import IMAGE_TOKENS, TEMPLATE, build_config, build_processor
-from tests.families import (
+from families import (
     AYA_VISION,
     BREAK_ID,
     END_ID,
@@ -34,14 +33,7 @@ from tests.families import (
     shake,
 )
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tiny matrices: a second thread only costs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @functools.cache
