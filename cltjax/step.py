@@ -214,7 +214,8 @@ def make_gradients(
         active = activate(clt, normal, k, slots, config.sparsity.bandwidth, MESH)
         target = clt.normalise_targets(y)
         y_hat = predict(clt, clt.contributions(active.values, active.indices), x, frozen, arrays, MESH)
-        errors = squared_errors(y_hat, target).sum(0)
+        of_tokens = squared_errors(y_hat, target)
+        errors = of_tokens.sum(0)
         weights = jnp.array(config.target_weights) if config.target_weights else jnp.ones(errors.shape)
         loss = weights @ errors / tokens
         dead = state.silent > dead_after(config)
@@ -222,7 +223,8 @@ def make_gradients(
             weight = penalty_weight(config.sparsity, config.steps, state.step)
             loss += weight * penalty(clt, active, config.sparsity.scale, MESH) / tokens
         if config.sparsity.revive > 0:
-            loss += config.sparsity.revive * revival(clt, normal, active, dead, MESH) / tokens
+            losses = jax.lax.stop_gradient(of_tokens @ weights)
+            loss += config.sparsity.revive * revival(clt, normal, active, dead, losses, MESH) / tokens
         if config.sparsity.auxk > 0:
             left = jax.lax.stop_gradient(target - y_hat)
             slots_left = min(config.sparsity.auxk_features, config.model.features)

@@ -292,10 +292,12 @@ def _microbatch(
     to_N = np.sum(to_aN * codes, 1)
     along_W_dec = np.where(N[:, 0] > 0, to_N / np.where(N[:, 0] > 0, N[:, 0], 1), 0)  # N has slope 0 at 0
 
-    # Revive
+    # Revive; a token counts by its part of the loss
     pushed = dead_here & (short > 0)
-    revive = np.where(pushed, short, 0).sum() / B
-    to_h = sparsity.revive * pushed * short_by_h / B
+    losses = np.mean(e**2, 2) @ weight
+    part = (losses / losses.sum())[:, None]
+    revive = (np.where(pushed, short, 0) * part).sum()
+    to_h = sparsity.revive * pushed * short_by_h * part
 
     # AuxK
     helping = dead_here & (places(np.where(dead_here, h, -np.inf)) < sparsity.auxk_features) & (h > 0)

@@ -56,7 +56,9 @@ def test_the_feature_at_the_cut_is_not_short_of_it():
     @nnx.jit
     def pushed(clt, rank, cut, dead):
         def cost(clt):
-            return revival(clt, normal, Active(none, none.astype(int), pre, rank, cut, full=none), dead, ALONE)
+            return revival(
+                clt, normal, Active(none, none.astype(int), pre, rank, cut, full=none), dead, jnp.ones(B), ALONE
+            )
 
         return nnx.value_and_grad(cost)(clt)
 
@@ -84,10 +86,11 @@ def test_few_dead_features_are_pushed_as_many_are(activation: str):
     S, _, F = pre.shape
     cut = jnp.median(rank, -1, keepdims=True) if activation in K_RULES else jnp.zeros((1, 1, 1))
     active = Active(cut, jnp.zeros((S, B, 1), int), pre, rank, cut, full=cut)
+    losses = 1.0 + jnp.arange(B)
 
     @nnx.jit
     def pushed(clt, dead):
-        return nnx.value_and_grad(lambda clt: revival(clt, normal, active, dead, ALONE))(clt)
+        return nnx.value_and_grad(lambda clt: revival(clt, normal, active, dead, losses, ALONE))(clt)
 
     many = jnp.arange(F) < -(-F // FEW_DEAD) + 3  # in each source
     found = pushed(clt, jnp.broadcast_to(many, (S, F)))
