@@ -10,24 +10,33 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+PROGRAMS = {"python": [sys.executable], "cltjax": [sys.executable, "-m", "cltjax.cli"]}  # those of this environment
 STEPS = (
     (
         "Capture: what every MLP of the demo VLM reads and writes, token by token, for 4,000 images with questions",
-        "capture/run.py --model examples/shapes/model --out demo/activations",
+        "python capture/run.py --model examples/shapes/model --generate 24 --out demo/activations",
     ),
     (
-        "Train: a cross-layer transcoder that reads layer 0 and predicts the MLPs of all later layers",
-        "train.py --layer 0 --config configs/demo.py --store demo/activations --out demo/runs/L0",
+        "Train: a cross-layer transcoder of all layers; each reads its own MLP's input and predicts this and later MLPs",
+        "python train.py --config configs/demo_joint.py --steps 600 --store demo/activations --out demo/runs/all",
     ),
     (
-        "Evaluate: on images that neither the VLM nor the transcoder was trained on",
-        "evaluate.py --clt demo/runs/L0 --store demo/activations --ridge",
+        "Evaluate: on images that neither the VLM nor the transcoder was trained on, beside ridge regression",
+        "python evaluate.py --clt demo/runs/all --store demo/activations --ridge",
+    ),
+    (
+        "Export: weights for PyTorch, as safetensors",
+        "cltjax export demo/runs/all --out demo/clt",
+    ),
+    (
+        "Replace: the VLM answers with all of its MLPs replaced by the transcoder; beside it the original and two ablations",
+        "python evaluate.py --clt demo/clt --model examples/shapes/model --store demo/activations --max-samples 300",
     ),
 )
 NEXT = """
 What to try next, after `source .venv/bin/activate`
-  python train.py --config configs/demo_joint.py --store demo/activations --out demo/runs/all      every layer, jointly
-  python train.py --config configs/demo.py --layer 2 --model.k 4 --store demo/activations --out demo/runs/L2-k4
+  python train.py --layer 0 --config configs/demo.py --store demo/activations --out demo/runs/L0      one source layer
+  python train.py --config configs/demo_joint.py --model.k 4 --store demo/activations --out demo/runs/k4
   python capture/run.py --model YOUR_MODEL --dataset YOUR_QUESTIONS.json --image-dir YOUR_IMAGES --out activations
 """
 
@@ -35,14 +44,15 @@ What to try next, after `source .venv/bin/activate`
 def main() -> None:
     started = time.monotonic()
     for title, command in STEPS:
-        print(f"\n== {title}\n$ python {command}", flush=True)
+        print(f"\n== {title}\n$ {command}", flush=True)
+        program, *rest = shlex.split(command)
         begun = time.monotonic()
-        done = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, check=False)
+        done = subprocess.run([*PROGRAMS[program], *rest], cwd=ROOT, check=False)
         if done.returncode:
             sys.exit(done.returncode)
         print(f"({time.monotonic() - begun:.0f} s)", flush=True)
     print("\nPlots")
-    for plot in sorted((ROOT / "demo/runs/L0/plots").glob("*.png")):
+    for plot in sorted((ROOT / "demo/runs/all/plots").glob("*.png")):
         print(f"  {plot.relative_to(ROOT)}")
     print(NEXT)
     print(f"make demo took {time.monotonic() - started:.0f} s after the install.")
