@@ -100,7 +100,7 @@ class Trial:
 
 RATES = (2e-3, 4e-3, 8e-3)
 # Where the revival's units are not those of a rank but of h |W_dec|, it has another weight.
-REVIVE = {"jumprelu": ("--sparsity.revive", "5e-3"), "relu": ("--sparsity.revive", "1e-3")}
+REVIVE = {"jumprelu": ("--sparsity.revive", "1.5e-3"), "relu": ("--sparsity.revive", "3e-4")}
 JOINT = {rule: Kind(rule, RATES, rule, REVIVE.get(rule, ())) for rule in RULES}
 PER_LAYER = Kind("per_layer", (4e-3, 8e-3, 1.6e-2), BEST, ("--n-targets", "1"))
 OFFSET_1 = Kind("offset_1", RATES, BEST, ("--offset", "1"))

@@ -64,7 +64,7 @@ class SparsityConfig:
     auxk_features: int = 32
     """Dead features per token and source that AuxK uses."""
     revive: float = 0.0
-    """Weight of the penalty that pushes dead features towards firing (try 2e-4, with dead_after 20,000)."""
+    """Weight of the penalty that pushes dead features towards firing (try 6e-5, with dead_after 20,000)."""
 
 
 @dataclass(frozen=True)

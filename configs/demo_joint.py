@@ -22,5 +22,5 @@ config = TrainConfig(
     batch_size=512,
     lr=4e-3,
     model=ModelConfig(features=1024, k=16, activation="batchtopk", slots=32),
-    sparsity=SparsityConfig(revive=2e-4, dead_after=20_000),
+    sparsity=SparsityConfig(revive=6e-5, dead_after=20_000),
 )
