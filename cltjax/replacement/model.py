@@ -14,12 +14,13 @@ with offset 0 needs nothing more. What was read in a forward pass is of use to t
 token by token, and is gone with the next: nothing to keep beside the VLM's own key-value cache. The MLPs themselves are
 still computed, for nothing.
 
-Attention patterns and norm scales are free: they follow from the running residual stream.
+Attention patterns and norm scales are free: they follow from the running residual stream. With `freeze` they are those
+of the original model on the same batch (cltjax/replacement/frozen.py), so that a changed write reaches later layers
+through values, output projections and norm weights alone.
 """
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -34,6 +35,7 @@ from capture.sites import hidden_states_in, hidden_states_out, with_hidden_state
 from capture.vlm import VLM
 from cltjax.errors import UserError
 from cltjax.replacement.clt import CLT, Features
+from cltjax.replacement.frozen import Frozen, arguments, record
 from cltjax.replacement.interventions import Change, Intervention, Tokens, by_source, check_positions, intervene, put
 
 
@@ -65,20 +67,30 @@ class Rewritten:
         self._handles: list[RemovableHandle] = []
         self._pass: Pass | None = None
 
-    def forward(self, batch: Mapping[str, Tensor], layers: Sequence[int] | None = None) -> Tensor:
+    def forward(
+        self, batch: Mapping[str, Tensor], layers: Sequence[int] | None = None, freeze: bool | Frozen = False
+    ) -> Tensor:
         """Logits [B, P, V] of a batch as `vlm.collate` makes it, or of one sample as `vlm.encode` does. No cache.
 
-        layers: those of the covered layers whose writes are replaced in this call; None: all of them.
+        layers: those of the covered layers whose writes are replaced in this call; None: all of them. freeze: with
+        attention patterns and norm scales of the original model on this batch, which it runs first, or of what
+        `frozen.record(vlm, batch)` gave before. UserError where these are of another model or batch, or a family's
+        attention cannot be frozen.
         """
         batch = self._prepared(batch)
         model = self.vlm.model
         extra = {"use_cache": False} if isinstance(model, PreTrainedModel) else {}
-        with self.active(layers), torch.no_grad():
+        with self._frozen(batch, freeze), self.active(layers), torch.no_grad():
             output = model(**batch, **extra)
         return output if isinstance(output, Tensor) else output.logits
 
     def generate(self, encoded: list[Encoded], n: int, layers: Sequence[int] | None = None) -> list[list[int]]:
-        """The greedy answers, as `vlm.generate` gives them; `layers` as in `forward`."""
+        """The greedy answers, as `vlm.generate` gives them; `layers` as in `forward`.
+
+        Attention and norms are free: what a generated token attends to is not known before it is there, and once
+        another token was chosen the original has no pattern for it. For a given answer `forward(batch, freeze=True)` of
+        prompt and answer (`vlm.extend`) says what would be predicted at each of its tokens.
+        """
         self._prepared(self.vlm.collate(encoded, side="left"), n)
         with self.active(layers):
             return self.vlm.generate(encoded, n)
@@ -131,6 +143,14 @@ class Rewritten:
 
     # Hooks ---------------------------------------------------------------------------------------------------
 
+    def _frozen(self, batch: Mapping[str, Tensor], freeze: bool | Frozen) -> AbstractContextManager[None]:
+        """What `freeze` asks for, to be entered; the original model runs here."""
+        if isinstance(freeze, bool):
+            return record(self.vlm, batch).replayed() if freeze else nullcontext()
+        if freeze.vlm.model is not self.vlm.model:
+            raise UserError(f"the patterns to freeze are of {freeze.vlm.name}, another model than {self.vlm.name}")
+        return freeze.replayed()
+
     def _prepared(self, batch: Mapping[str, Tensor], new: int = 0) -> dict[str, Tensor]:
         """The batch on the model's device; the sites are known after it. `new`: tokens to be generated."""
         placed = self.vlm.collate([dict(batch)])
@@ -139,7 +159,7 @@ class Rewritten:
         return placed
 
     def _begin(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        given = inspect.signature(module.forward).bind_partial(*args).arguments | kwargs
+        given = arguments(module, args, kwargs)
         ids, mask, cache = (given.get(name) for name in ("input_ids", "attention_mask", "past_key_values"))
         if ids is None:
             raise UserError(f"{self.vlm.name} with other MLP writes takes input_ids, not embeddings")
@@ -250,13 +270,15 @@ class ReplacementModel(OnFeatures):
     An intervention changes an activation before anything is decoded from it.
     """
 
-    def features(self, batch: Mapping[str, Tensor], layers: Sequence[int] | None = None) -> dict[int, Features]:
+    def features(
+        self, batch: Mapping[str, Tensor], layers: Sequence[int] | None = None, freeze: bool | Frozen = False
+    ) -> dict[int, Features]:
         """The features [B, P, K] of each source in the replaced pass, interventions included; as `forward`.
 
         Values at padding are whatever the model computed there. `layers`: sources that write to none of them lack.
         """
         batch = self._prepared(batch)
-        with self.active(layers):
+        with self._frozen(batch, freeze), self.active(layers):
             self.vlm.forward(batch)
             assert self._pass is not None
             return {source: self._changed(source, self._pass) for source in self._pass.features}
