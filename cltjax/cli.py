@@ -27,6 +27,7 @@ from cltjax.estimate import (
     shape_of_store,
     show_cost,
 )
+from cltjax.splits import Split
 from cltjax.store import ActivationStore
 from cltjax.store_format import COLUMNS, SPLITS, STATISTICS
 from cltjax.wiring import spell_layers
@@ -175,6 +176,45 @@ class Generate:
     """Take a CLT that was trained on another revision of the model."""
 
 
+@dataclass(frozen=True)
+class Neurons:
+    """Find the MLP neurons of the original model that features stand for: those that write along a feature's decoder,
+    and fire with it on held-out tokens."""
+
+    features: str
+    """LAYER:FEATURE of each, with commas between them: 3:17,3:1234."""
+    clt: Path = Path("clt")
+    """The CLT directory."""
+    model: str = "examples/shapes/model"
+    """A Hugging Face model id, or a folder that holds a model: the one that the CLT was trained on."""
+    dataset: str = "shapes"
+    """`shapes` (bundled), or a JSON(-lines) file: AMBER, POPE, or rows with image and query|question|prompt|text."""
+    image_dir: Path | None = None
+    """The folder that image names start from; the query file's own folder if not given."""
+    top: int = 10
+    """Most neurons to name at each target layer."""
+    template: str = "chat"
+    """`chat` (the model's own template), `llava-1.5`, or text with {image} and {prompt} (backslash n is a newline)."""
+    max_samples: int | None = None
+    """Stop after this many samples of the split (of `shapes`: those among its first 4000 samples if not given)."""
+    batch_size: int = 16
+    """Samples a forward pass. Samples of similar length are batched together."""
+    generate: int = 0
+    """Take the tokens of the model's own answer too, at most this many: for a CLT that was trained on answers."""
+    split: Split = "test"
+    """The samples to measure on. Only `test` is held out."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs."""
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """What the model computes in; auto is float32 on a CPU and bfloat16 on a GPU."""
+    skip_bad: bool = False
+    """Leave out rows whose image is missing or broken or whose prompt is empty."""
+    other_revision: bool = False
+    """Take a CLT that was trained on another revision of the model."""
+    out: Path | None = None
+    """The JSON file to write; by default CLT_DIR/neurons-<dataset>.json."""
+
+
 Command = (
     Annotated[Info, tyro.conf.subcommand("info")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
@@ -183,6 +223,7 @@ Command = (
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Import, tyro.conf.subcommand("import")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Neurons, tyro.conf.subcommand("neurons")]
     | Annotated[Push, tyro.conf.subcommand("push")]
     | Annotated[Pull, tyro.conf.subcommand("pull")]
 )
@@ -348,6 +389,10 @@ def execute(command: Command) -> None:
             from cltjax.replacement.answer import generate
 
             generate(**vars(command))
+        case Neurons():
+            from cltjax.replacement.neurons import find_neurons
+
+            find_neurons(**vars(command))
         case Push():
             from cltjax.hub import push
 

@@ -113,7 +113,15 @@ def rules_of_clt(directory: CLTDirectory, store: ActivationStore) -> TokenRules:
     described, wiring = directory.description, directory.description.wiring
     store.check_trained_on(directory.path, described.site, described.model)
     store.axis_of([*wiring.sources, *wiring.targets])
-    options = dict(described.tokens)
+    tokens, limits = trained_rules(directory)
+    return token_rules(store, wiring.sources, wiring.targets, tokens, limits)
+
+
+def trained_rules(directory: CLTDirectory) -> tuple[TokensConfig, NormLimits | None]:
+    """The options that a CLT's tokens were chosen by, and its norm limits; the defaults, and None, where it does not
+    say. UserError for rules that are none.
+    """
+    options = dict(directory.description.tokens)
     try:
         limits = options.pop("limits", None)
         if limits is not None:
@@ -122,7 +130,7 @@ def rules_of_clt(directory: CLTDirectory, store: ActivationStore) -> TokenRules:
         check_types(tokens)
     except (TypeError, ValueError, AttributeError, UserError) as error:
         raise UserError(f"{directory.path}: its token rules cannot be read ({error}): export the CLT again") from error
-    return token_rules(store, wiring.sources, wiring.targets, tokens, limits)
+    return tokens, limits
 
 
 def used_modalities(tokens: TokensConfig) -> tuple[int, ...]:
