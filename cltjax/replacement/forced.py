@@ -53,6 +53,7 @@ def forced(vlm: VLM, runs: Runs, prompts: list[Encoded], answers: list[list[int]
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
+@torch.no_grad()
 def _forced(vlm: VLM, runs: Runs, encoded: list[Encoded], starts: list[int]) -> dict[Key, np.ndarray]:
     chosen, places = counted(vlm, encoded, starts)
     batch = vlm.collate(encoded)
@@ -120,8 +121,7 @@ def logits_at(vlm: VLM, batch: Mapping[str, Tensor], positions: Tensor) -> Tenso
     model = vlm.model
     extra = {"use_cache": False} if isinstance(model, PreTrainedModel) else {}
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-    with torch.no_grad():
-        output = model(**batch, **extra, **({"logits_to_keep": positions} if keeps else {}))
+    output = model(**batch, **extra, **({"logits_to_keep": positions} if keeps else {}))
     logits = output if isinstance(output, Tensor) else output.logits
     return logits if logits.shape[1] == len(positions) else logits[:, positions]
 
