@@ -7,7 +7,8 @@
 The baselines (one target a source, offset 1, sources alone) have the rule that is best, which is BEST.
 
 Every trial is a `train.py` command on top of configs/demo_joint.py, printed as it starts; one that is finished is not
-run again, one that was broken off goes on. Each kind of CLT has the best learning rate of its own sweep: whole runs
+run again, one that was broken off goes on, and one that the recipe or this script would now make otherwise has to be
+deleted first. Each kind of CLT has the best learning rate of its own sweep: whole runs
 (short ones favour rates that are too high), compared by the FVU of their last training batches times sqrt(L0), which
 along a rule's frontier is about constant. A rate at which more than MOST_DEAD of the features die is not chosen.
 Figures in the table are of test rows.
@@ -24,6 +25,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import metadata
 from itertools import zip_longest
 from pathlib import Path
@@ -36,8 +38,13 @@ import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
+from cltjax.command import run as parse
+from cltjax.config import TrainConfig, as_json, differing, read_config_file
+from cltjax.wiring import spell_layers, wire
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks/results"
+RECIPE = "configs/demo_joint.py"
 LAYERS = 6
 
 MOST_DEAD = 0.1
@@ -92,14 +99,25 @@ class Trial:
     options: tuple[str, ...]
 
     def command(self, store: Path, out: Path) -> list[str]:
-        head = [sys.executable, "train.py", "--config", "configs/demo_joint.py"]
+        head = [sys.executable, "train.py", "--config", RECIPE]
         if "--steps" not in self.options:
             head += ["--steps", str(STEPS)]
         return [*head, "--store", str(store.resolve()), "--out", str((out / self.name).resolve()), *self.options]
 
 
+@cache
+def configuration(trial: Trial) -> dict[str, Any]:
+    """What train.py makes of a trial's command today, as it is in a run's config.json."""
+    found: list[TrainConfig] = []
+    options = [str(REPOSITORY / RECIPE) if one == RECIPE else one for one in trial.command(Path(), Path())[2:]]
+    parse(TrainConfig, found.append, options, read_config_file)
+    (config,) = found
+    sources = wire(config.layer, LAYERS, config.offset, config.n_targets).sources
+    return as_json(replace(config, layer=spell_layers(sources), warmup=config.warmup_steps))
+
+
 RATES = (2e-3, 4e-3, 8e-3)
-# Where the revival's units are not those of a rank but of h |W_dec|, it has another weight.
+# Beside a penalty the revival has another weight, found by trial. (Its units are h |W_dec| for all rules but topk.)
 REVIVE = {"jumprelu": ("--sparsity.revive", "1.5e-3"), "relu": ("--sparsity.revive", "3e-4")}
 JOINT = {rule: Kind(rule, RATES, rule, REVIVE.get(rule, ())) for rule in RULES}
 PER_LAYER = Kind("per_layer", (4e-3, 8e-3, 1.6e-2), BEST, ("--n-targets", "1"))
@@ -190,11 +208,14 @@ class Bench:
             subprocess.run(command, check=True, cwd=REPOSITORY, stdout=said, stderr=subprocess.STDOUT)
 
     def done(self, trial: Trial) -> bool:
-        """Whether a trial of these options has been measured. One of other options is in the way."""
-        options = self.out / f"{trial.name}.options"
+        """Whether a trial has been measured. One of other options, or of another recipe, is in the way."""
+        run, options = self.out / trial.name, self.out / f"{trial.name}.options"
         if options.exists() and options.read_text() != shlex.join(trial.options):
-            sys.exit(f"{self.out / trial.name} was made with other options: {options.read_text()}: delete it")
-        return options.exists() and (self.out / trial.name / "metrics.json").exists()
+            sys.exit(f"{run} was made with other options: {options.read_text()}: delete it")
+        made = run / "config.json"
+        if made.exists() and (change := differing(json.loads(made.read_text())["config"], configuration(trial))):
+            sys.exit(f"{run} was made with another recipe ({change}): delete it")
+        return options.exists() and (run / "metrics.json").exists()
 
     def best_rate(self, kind: Kind) -> float:
         """The learning rate of the sweep's best run; the middle one where there was none."""
@@ -208,7 +229,7 @@ class Bench:
 
     def last_record(self, trial: Trial) -> dict[str, Any]:
         lines = (self.out / trial.name / "metrics.jsonl").read_text().splitlines()
-        return json.loads(lines[-1])
+        return next(record for line in reversed(lines) if "loss" in (record := json.loads(line)))
 
     def figures(self, run: tuple[Trial, ...]) -> dict[str, Any]:
         """What was measured on test rows; of several trials, on the sum of their predictions."""
@@ -227,7 +248,7 @@ class Bench:
         RESULTS.mkdir(exist_ok=True)
         there = [(row, [self.figures(run) for run in row.runs if all(map(self.done, run))]) for row in rows]
         there = [(row, found) for row, found in there if found]
-        (RESULTS / "quality.json").write_text(json.dumps([as_json(row, found) for row, found in there], indent=1))
+        (RESULTS / "quality.json").write_text(json.dumps([row_as_json(row, found) for row, found in there], indent=1))
         with (RESULTS / "quality.txt").open("w") as file:
             for console in (Console(width=150), Console(width=150, file=file)):
                 console.print(machine(), highlight=False)
@@ -265,7 +286,7 @@ def naive_sum(runs: Sequence[Path], store_path: Path) -> dict[str, Any]:
     return found | {name: statistics.fmean(one[name] for one in each) for name in ("l0", "dead")}
 
 
-def as_json(row: Row, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def row_as_json(row: Row, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     kept = ("fvu", "l0", "dead", "targets", "seconds")
     runs = [{name: one[name] for name in kept if name in one} for one in found]
     return {"part": row.part, "name": row.name, "k": row.k, "lr": row.lr, "runs": runs}

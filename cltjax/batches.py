@@ -198,23 +198,52 @@ class Batches:
 
 def shares(store: ActivationStore, rules: TokenRules, batch_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Train rows that are drawn apart, and the places in a batch that are theirs: (rows [N], slots [n]), ascending."""
-    rows, share = rules.some_rows("train"), rules.tokens.image_share
-    if share is None or share in (0, 1):  # at 0 and 1 the rules use no others
-        return [(rows, np.arange(batch_size))]
-    image = store.column("modality")[rows] == IMAGE
-    if image.all() or not image.any():
-        lacking = "image" if not image.any() else "other than image"
-        raise UserError(
-            f"--tokens.image-share {share} takes both image and other tokens, but the train rows of {store.path} that "
-            f"the --tokens options leave have none {lacking}: {rules.describe('train')}"
-        )
+    strata = drawn_apart(store, rules, "train")
+    if len(strata) == 1:
+        return [(strata[0][0], np.arange(batch_size))]
+    (other, _), (image, share) = strata
     n = round(share * batch_size)
     if n in (0, batch_size):
         raise UserError(
             f"--tokens.image-share {share} of --batch-size {batch_size} is {n} tokens: choose 0 or 1 for that"
         )
     images = spread(batch_size, n)
-    return [(rows[~image], np.flatnonzero(~images)), (rows[image], np.flatnonzero(images))]
+    return [(other, np.flatnonzero(~images)), (image, np.flatnonzero(images))]
+
+
+def drawn_apart(store: ActivationStore, rules: TokenRules, split: str) -> list[tuple[np.ndarray, float]]:
+    """Rows of a split by what training draws them apart by, and which share of the trained tokens each part is:
+    (rows [N] ascending, share); the shares' sum is 1. UserError where rows are lacking."""
+    rows, share = rules.some_rows(split), rules.tokens.image_share
+    if share is None or share in (0, 1):  # at 0 and 1 the rules use no others
+        return [(rows, 1.0)]
+    image = store.column("modality")[rows] == IMAGE
+    if image.all() or not image.any():
+        lacking = "image" if not image.any() else "other than image"
+        raise UserError(
+            f"--tokens.image-share {share} takes both image and other tokens, but the {split} rows of {store.path} "
+            f"that the --tokens options leave have none {lacking}: {rules.describe(split)}"
+        )
+    return [(rows[~image], 1 - share), (rows[image], share)]
+
+
+class Mix(NamedTuple):
+    """A sample of a split's rows, each of a stratum, that together stand for the tokens that are trained on."""
+
+    rows: np.ndarray  # ascending
+    stratum: np.ndarray  # [N] of all rows of the store; a row of the sample has a place in `shares`
+    shares: tuple[float, ...]  # of the trained tokens, by stratum; of the sample's rows they may be others
+
+
+def trained_mix(store: ActivationStore, rules: TokenRules, split: str, most: int) -> Mix:
+    """About `most` of a split's rows at most, of each stratum its share where there are so many. UserError where rows
+    are lacking."""
+    strata = drawn_apart(store, rules, split)
+    stratum, chosen = np.zeros(store.rows, np.uint8), []
+    for number, (rows, share) in enumerate(strata):
+        stratum[rows] = number
+        chosen.append(sample_rows(rows, max(1, round(share * most)), store.block_rows))
+    return Mix(np.sort(np.concatenate(chosen)), stratum, tuple(share for _, share in strata))
 
 
 def spread(size: int, n: int) -> np.ndarray:

@@ -24,6 +24,7 @@ from cltjax.store import ActivationStore
 CONFIG, METRICS, TIMING, SUMMARY = "config.json", "metrics.jsonl", "timing.jsonl", "metrics.json"
 CHECKPOINTS = "checkpoints"
 CHECKSUM = "checksum"
+LEFT_OUT = ocp.PLACEHOLDER  # in place of an array that is not to be read
 
 # Orbax logs the errors that it raises, each several times and with the traceback of a thread.
 logging.getLogger("absl").addFilter(lambda record: record.levelno < logging.ERROR)
@@ -63,7 +64,7 @@ class Checkpoints:
         with together():
             self.check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
         whole = meta | {CHECKSUM: checksum(state, meta)}
-        composite = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(whole))
+        composite = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(whole))
         try:
             self.manager.save(step, args=composite, metrics=None if val_fvu is None else {"val_fvu": val_fvu})
         except Exception as error:
@@ -101,11 +102,14 @@ class Checkpoints:
         return self.manager.best_step()
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        """State and meta of a checkpoint; `like` gives the state's shapes, dtypes and shardings.
+        """State and meta of a checkpoint; `like` gives the state's shapes, dtypes and shardings. What is LEFT_OUT
+        in it is not read.
 
         UserError where they cannot be read, or are not what was saved.
         """
-        composite = ocp.args.Composite(state=ocp.args.StandardRestore(like), meta=ocp.args.JsonRestore())
+        how = ocp.checkpoint_utils.construct_restore_args(like)
+        state = ocp.args.PyTreeRestore(like, restore_args=how)  # StandardRestore takes no LEFT_OUT
+        composite = ocp.args.Composite(state=state, meta=ocp.args.JsonRestore())
         try:
             found = self.manager.restore(step, args=composite)
             state, meta = found["state"], dict(found["meta"])
@@ -114,7 +118,8 @@ class Checkpoints:
                 f"{self.folder / str(step)} cannot be read ({reason(error)}): restore it from a copy, or delete it and "
                 "train again"
             ) from error
-        if meta.pop(CHECKSUM, None) != checksum(state, meta):
+        saved = meta.pop(CHECKSUM, None)
+        if not agrees(saved, checksum(state, meta)):
             raise UserError(
                 f"{self.folder / str(step)} is damaged: what is read is not what was saved. Restore it from a copy, or "
                 "delete it and train again"
@@ -133,6 +138,12 @@ def reason(error: Exception) -> str:
     if "No space left on device" in said:  # at the end of a long message
         return "no space left on device"
     return f"{said[:160]}..." if len(said) > 160 else said or type(error).__name__
+
+
+def agrees(saved: Any, found: list[int | None]) -> bool:
+    """Whether a checksum is the saved one, as far as the state was read."""
+    known = isinstance(saved, list) and len(saved) == len(found)
+    return known and all(one is None or one == was for one, was in zip(found, saved, strict=True))
 
 
 def last_step(run: Path) -> int | None:
@@ -164,13 +175,15 @@ def identity(store: ActivationStore) -> dict[str, Any]:
 
 
 def without_paths(data: dict[str, Any]) -> dict[str, Any]:
-    """A run's data but for where the runs lie that it is trained beside: moved, they are still the same."""
-    given = data.get("given_runs", {})
-    return data | {"given_runs": {name: weights_of(pin) for name, pin in given.items()}}
+    """A run's data but for where the runs lie that it is trained beside, or starts from: moved, they are still the
+    same."""
+    given, start = data.get("given_runs", {}), data.get("start_run")
+    pinned = {name: weights_of(pin) for name, pin in given.items()}
+    return data | {"given_runs": pinned, "start_run": start and weights_of(start)}
 
 
 def weights_of(pin: dict[str, Any]) -> dict[str, Any]:
-    """Of what pins a given run: what its weights are, wherever it lies."""
+    """Of what pins an earlier run: what its weights are, wherever it lies."""
     return {name: pin[name] for name in ("step", "digest")}
 
 

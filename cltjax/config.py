@@ -18,10 +18,21 @@ from cltjax.store_format import brief, differences
 from cltjax.typed import check_types, converted
 
 # Fields in which two runs may differ and still be the same: where things lie, what computes, how it is looked at.
-NOT_THE_RUN = ("store", "out", "config", "given", "log", "mesh", "processes")
+# (What weights `given` and `start_from` are is in the run's data, wherever these lie, under names that are not here.)
+NOT_THE_RUN = ("store", "out", "config", "given", "start_from", "log", "mesh", "processes")
 
 Activation = Literal["topk", "topk_joint", "batchtopk", "jumprelu", "relu"]
-K_RULES = ("topk", "topk_joint", "batchtopk")  # the rules that `k` sets; the others are steered by a penalty
+# The rules that `k` sets; the others are steered by a penalty.
+K_RULES: tuple[Activation, ...] = ("topk", "topk_joint", "batchtopk")
+# Sparsity options that only some rules have.
+ONLY_UNDER: dict[str, tuple[Activation, ...]] = {
+    "penalty": ("jumprelu", "relu"),
+    "ramp": ("jumprelu", "relu"),
+    "scale": ("jumprelu",),
+    "threshold": ("jumprelu",),
+    "bandwidth": ("jumprelu",),
+    "k_start": K_RULES,
+}
 FEW_DEAD = 8  # dead features are few when at most one in so many is dead in any source: `revive` then costs little
 
 
@@ -151,7 +162,7 @@ class TrainConfig:
     n_targets: int = 16
     """Target layers of each source, cut to the model's depth."""
     given: tuple[Path, ...] = ()
-    """Earlier, finished runs that stay as they are: this run is trained on what exactly these leave."""
+    """Earlier, finished runs that stay as they are: this run is trained on what these leave."""
     start_from: Path | None = None
     """Earlier run of the same sources, targets and features to start from as it is; its rows may have been others."""
     steps: int = 2500
@@ -159,11 +170,11 @@ class TrainConfig:
     batch_size: int = 512
     """Tokens a step."""
     microbatches: int = 1
-    """Pieces that a step's tokens are computed in, one after the other, for less memory."""
+    """Pieces that a step is computed in, for less memory; batchtopk's cut, AuxK and `revive` then look at one alone."""
     lr: float | None = None
     """Peak learning rate of Adam; by default 2e-4 / sqrt(features / 16384)."""
-    warmup: int = 100
-    """Steps in which the learning rate rises to its peak."""
+    warmup: int | None = None
+    """Steps in which the learning rate rises to its peak; by default a tenth of them all, and at most 100."""
     decay: float = 0.2
     """Last share of the steps, in which the learning rate falls to zero."""
     weight_decay: float = 0.0
@@ -199,7 +210,7 @@ class TrainConfig:
                 )
         if not ks:
             raise UserError("--model.k needs a number")
-        slots = self.model.slots
+        slots = None if self.model.activation == "topk" else self.model.slots
         if slots is not None and not max(ks) <= slots <= self.model.features:
             raise UserError(
                 f"--model.slots {slots} is not between k ({max(ks)}) and --model.features {self.model.features}"
@@ -224,7 +235,7 @@ class TrainConfig:
             if not value > 0:
                 raise UserError(f"--{name} {value} must be above 0")
         at_least_0 = {
-            "warmup": self.warmup,
+            "warmup": self.warmup_steps,
             "weight-decay": self.weight_decay,
             "seed": self.seed,
             "sparsity.penalty": self.sparsity.penalty,
@@ -240,7 +251,7 @@ class TrainConfig:
         for name, value in shares.items():
             if not 0 <= value <= 1:
                 raise UserError(f"--{name} {value} is a share of the steps: between 0 and 1")
-        if self.warmup > self.steps:
+        if self.warmup_steps > self.steps:
             raise UserError(f"--warmup {self.warmup} is longer than the run, of --steps {self.steps}: lower it")
         if self.target_weights and not (min(self.target_weights) >= 0 < max(self.target_weights)):
             weights = " ".join(f"{weight:g}" for weight in self.target_weights)
@@ -249,6 +260,13 @@ class TrainConfig:
             raise UserError(f"--tokens.image-share {self.tokens.image_share} is not between 0 and 1")
         if not self.sparsity.k_start >= 1:
             raise UserError(f"--sparsity.k-start {self.sparsity.k_start} must be 1 or above")
+        for name, rules in ONLY_UNDER.items():
+            value, default = getattr(self.sparsity, name), getattr(SparsityConfig(), name)
+            if value != default and self.model.activation not in rules:
+                raise UserError(
+                    f"--sparsity.{name.replace('_', '-')} {value:g} does nothing under --model.activation "
+                    f"{self.model.activation}, only under {', '.join(rules)}: leave it at {default:g}"
+                )
         if self.batch_size % self.microbatches:
             raise UserError(f"--batch-size {self.batch_size} does not divide into --microbatches {self.microbatches}")
 
@@ -256,6 +274,11 @@ class TrainConfig:
     def learning_rate(self) -> float:
         """`lr`, or what follows from the number of features (EleutherAI's rule; method.md)."""
         return 2e-4 / math.sqrt(self.model.features / 2**14) if self.lr is None else self.lr
+
+    @property
+    def warmup_steps(self) -> int:
+        """`warmup`, or what follows from the number of steps."""
+        return min(100, self.steps // 10) if self.warmup is None else self.warmup
 
 
 def as_tuple(k: float | tuple[float, ...]) -> tuple[float, ...]:

@@ -18,7 +18,7 @@ from cltjax.clt import CLT
 from cltjax.clt_directory import Activation, CLTDirectory
 from cltjax.config import ModelConfig
 from cltjax.normalisation import Normalisation
-from cltjax.runs import refold
+from cltjax.runs import rescale
 from cltjax.sparsity import RANKED_BY_NORM
 from cltjax.wiring import Wiring
 
@@ -85,18 +85,24 @@ def unfolded(directory: CLTDirectory, scales: Normalisation | None = None) -> CL
         )
     )
     clt = empty(wiring, kind, described.activation.k, described.n_features, none)
-    tensors = {name: value for _, found in directory for name, value in found.items()}
+    encoders = [directory.tensors(f"W_enc_{source}.safetensors") for source in wiring.sources]
+    biases = directory.tensors("b_dec.safetensors")
 
-    def stacked(name: str, layers: tuple[int, ...]) -> jax.Array:
-        return jnp.asarray(np.stack([tensors[f"{name}_{layer}"] for layer in layers]), jnp.float32)
+    def stacked(name: str) -> jax.Array:
+        by_source = [found[f"{name}_{source}"] for source, found in zip(wiring.sources, encoders, strict=True)]
+        return jnp.asarray(np.stack(by_source), jnp.float32)
 
-    clt.W_enc[...], clt.b_enc[...] = stacked("W_enc", wiring.sources), stacked("b_enc", wiring.sources)
-    clt.b_dec[...] = stacked("b_dec", wiring.targets)
+    clt.W_enc[...], clt.b_enc[...] = stacked("W_enc"), stacked("b_enc")
+    clt.b_dec[...] = jnp.asarray(np.stack([biases[f"b_dec_{target}"] for target in wiring.targets]), jnp.float32)
     if kind == "jumprelu":
-        clt.log_threshold[...] = jnp.log(stacked("threshold", wiring.sources))
-    for source in wiring.sources:
-        clt.W_dec[str(source)][...] = jnp.asarray(tensors[f"W_dec_{source}"], jnp.float32)
-    return clt if scales is None else renormalised(clt, scales)
+        clt.log_threshold[...] = jnp.log(stacked("threshold"))
+    encoders.clear()
+    for source in wiring.sources:  # one at a time: decoders are most of a CLT
+        W_dec = directory.tensors(f"W_dec_{source}.safetensors")[f"W_dec_{source}"]
+        clt.W_dec[str(source)][...] = jnp.asarray(W_dec, jnp.float32)
+    if scales is not None:
+        renormalise(clt, scales)
+    return clt
 
 
 def empty(wiring: Wiring, activation: str, k: tuple[int, ...], features: int, scales: Normalisation) -> CLT:
@@ -108,9 +114,13 @@ def empty(wiring: Wiring, activation: str, k: tuple[int, ...], features: int, sc
 
 def renormalised(clt: CLT, scales: Normalisation) -> CLT:
     """The same function of raw activations with another normalisation inside."""
-    graph, parameters, constants = nnx.split(nnx.clone(clt), nnx.Param, ...)
-    to = [jnp.asarray(part) for part in (scales.in_mean, scales.in_std, scales.out_mean, scales.out_std)]
-    moved: CLT = nnx.merge(graph, refold(graph, parameters, constants, *to), constants)
-    for name, value in vars(scales).items():
-        getattr(moved, name)[...] = jnp.asarray(value, jnp.float32)
+    moved: CLT = nnx.clone(clt)
+    renormalise(moved, scales)
     return moved
+
+
+def renormalise(clt: CLT, scales: Normalisation) -> None:
+    """`renormalised` in place, an array at a time: a CLT may take much of the memory."""
+    rescale(clt, *map(jnp.asarray, (scales.in_mean, scales.in_std, scales.out_mean, scales.out_std)))
+    for name, value in vars(scales).items():
+        getattr(clt, name)[...] = jnp.asarray(value, jnp.float32)

@@ -73,7 +73,7 @@ def penalty(clt: CLT, active: Active, scale: float, axes: Axes) -> jax.Array:
 
 def revival(clt: CLT, normal: jax.Array, active: Active, dead: jax.Array, losses: jax.Array, axes: Axes) -> jax.Array:
     """How far dead features [S, F] are below being active, summed over sources, tokens and features; a token counts by
-    its part of the reconstruction loss, `losses` [B], in units of the mean.
+    its part of the reconstruction loss of its microbatch, `losses` [B], in units of the mean.
 
     In units of rank for the topk rules; for jumprelu and relu times |W_dec|, as in Anthropic's pre-activation loss.
     There all tokens count alike: a dead feature is then pushed along the mean input, comes back on many tokens at once,

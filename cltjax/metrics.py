@@ -29,6 +29,9 @@ EVERY = "all"
 NO_GROUP = 255  # rows that only fill up a batch
 ROWS = P(MESH.data)
 BINS = 1 << 16  # of the ranks' bits, in each of two passes
+# On this share of tokens, all active features of a run take part while another is trained; slots in steps of so many.
+ENOUGH, SLOT_STEP = 0.999, 8
+ROUNDING = 1e-9  # of sums of weighted counts, by row
 
 
 @dataclass
@@ -207,61 +210,110 @@ def on_mesh(
         yield spread(batch.x, mesh), spread(batch.y, mesh), group
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _histogram(
-    graph: nnx.GraphDef, mesh: Mesh, state: nnx.State, x: jax.Array, used_rows: jax.Array, high: jax.Array
+    graph: nnx.GraphDef, mesh: Mesh, strata: int, state: nnx.State, x: jax.Array, stratum: jax.Array, high: jax.Array
 ) -> jax.Array:
-    """How many ranks of the used rows [B] there are by their upper 16 bits [S, BINS]; or where `high` [S] is not
-    negative, by their lower 16 bits, of the ranks with these upper bits. Negative ranks count as 0."""
+    """How many ranks there are by the stratum of their row ([B]; rows of none count nowhere) and by their upper 16 bits
+    [strata, S, BINS]; or where `high` [S] is not negative, by their lower 16 bits, of the ranks with these upper bits.
+    Negative ranks count as 0."""
 
-    def local(state: nnx.State, x: jax.Array, used_rows: jax.Array, high: jax.Array) -> jax.Array:
+    def local(state: nnx.State, x: jax.Array, stratum: jax.Array, high: jax.Array) -> jax.Array:
         clt: CLT = nnx.merge(graph, state)
         rank = clt.rank(clt.pre_activations(clt.normalise_inputs(x[:, : len(clt.wiring.sources)])))
         bits = jax.lax.bitcast_convert_type(jnp.maximum(rank, 0.0), jnp.int32)  # in the order of the floats
         upper, lower, high = bits // BINS, bits % BINS, high[:, None, None]
         place = jnp.where(high < 0, upper, jnp.where(upper == high, lower, BINS))
-        place = jnp.where(used_rows[None, :, None], place, BINS)
-        source = jnp.arange(len(rank))[:, None, None]
-        found = varying_like(jnp.zeros((len(rank), BINS), jnp.int32), place).at[source, place].add(1, mode="drop")
-        return total(total(found, MESH.data), MESH.model)
+        S = len(rank)
+        line = jnp.arange(S)[:, None, None] + S * stratum[None, :, None]
+        found = varying_like(jnp.zeros((strata * S, BINS), jnp.int32), place).at[line, place].add(1, mode="drop")
+        return total(total(found, MESH.data), MESH.model).reshape(strata, S, BINS)
 
     inputs = specs(state), ROWS, ROWS, P()
-    return jax.shard_map(local, mesh=mesh, in_specs=inputs, out_specs=P())(state, x, used_rows, high)
+    return jax.shard_map(local, mesh=mesh, in_specs=inputs, out_specs=P())(state, x, stratum, high)
 
 
 def calibrate(
-    clt: CLT, batches: Callable[[], Iterable[tuple[Batch, np.ndarray]]], used_groups: Sequence[int], mesh: Mesh
+    clt: CLT, batches: Callable[[], Iterable[tuple[Batch, np.ndarray]]], shares: Sequence[float], mesh: Mesh
 ) -> np.ndarray:
-    """What h |W_dec| must reach [S] so that a token has as many active features as in training, on average.
+    """What h |W_dec| must reach [S] so that a token has as many active features as in training, on average over the mix
+    of tokens that is trained on.
 
-    For topk_joint one number for all sources, for batchtopk one each: the n-th largest rank of all features on the used
-    ones of these rows, n = k times rows. Found exactly in two passes over `batches()`, without sorting: first its upper
-    bits, then its lower ones. UserError where none of the rows is used.
+    batches: (rows, stratum of each [B]). shares: of the trained tokens, by stratum; what a stratum's rows count follows
+    from that and their number. Rows of no stratum do not count.
+
+    For topk_joint one number for all sources, for batchtopk one each: the n-th largest rank of all features on these
+    rows, n = k times rows. Found exactly in two passes over `batches()`, without sorting: first its upper bits, then
+    its lower ones. UserError where a stratum has no rows.
     """
     graph, state = nnx.split(clt)
     joint = clt.activation == "topk_joint"
     k = np.array([sum(clt.k)] * len(clt.k) if joint else clt.k)
 
     def histogram(high: np.ndarray) -> tuple[np.ndarray, int]:
-        """[S, BINS] and the number of rows."""
-        found, rows = np.zeros((len(k), BINS), np.int64), 0
-        for x, _, group in on_mesh(batches(), mesh):
-            used = np.isin(group, used_groups)
-            found += np.asarray(_histogram(graph, mesh, state, x, spread(used, mesh), jnp.asarray(high, jnp.int32)))
-            rows += int(used.sum())
-        return np.broadcast_to(found.sum(0), found.shape) if joint else found, rows
+        """[S, BINS], each rank with the weight of its row, and the number of rows, which is their weight in all."""
+        found, rows = np.zeros((len(shares), len(k), BINS), np.int64), np.zeros(len(shares), np.int64)
+        for x, _, stratum in on_mesh(batches(), mesh):
+            placed, bins = spread(stratum.astype(np.int32), mesh), jnp.asarray(high, jnp.int32)
+            found += np.asarray(_histogram(graph, mesh, len(shares), state, x, placed, bins))
+            rows += [(stratum == number).sum() for number in range(len(shares))]
+        if not rows.all():
+            raise UserError("val rows are lacking, which thresholds are calibrated on: capture more samples")
+        weighted = np.tensordot(np.array(shares) * rows.sum() / rows, found, 1)
+        return np.broadcast_to(weighted.sum(0), weighted.shape) if joint else weighted, int(rows.sum())
 
-    bits, left = np.zeros(len(k), np.int64), None
+    bits, left, slack = np.zeros(len(k), np.int64), None, 0.0
     for which in ("upper", "lower"):
         counts, rows = histogram(np.full(len(k), -1) if which == "upper" else bits)
-        if rows == 0:
-            raise UserError("none of the val rows is used, which thresholds are calibrated on: capture more samples")
-        left = k * rows if left is None else left
+        if left is None:
+            left, slack = k.astype(float) * rows, ROUNDING * rows
         above = np.cumsum(counts[:, ::-1], 1)[:, ::-1]  # ranks in this bin and higher ones
-        place = np.maximum((above >= left[:, None]).sum(1) - 1, 0)
+        place = np.maximum((above >= left[:, None] - slack).sum(1) - 1, 0)
         left = left - (above - counts)[np.arange(len(k)), place]
         bits = bits * BINS + place
     return bits.astype(np.int32).view(np.float32)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _active(one: Frozen, mesh: Mesh, state: nnx.State, x: jax.Array) -> jax.Array:
+    """How many features of each token [B] and source are active under a rule with thresholds [S, B]."""
+
+    def local(state: nnx.State, x: jax.Array) -> jax.Array:
+        clt: CLT = nnx.merge(one.graph, state)
+        return total((clt.codes(x[:, one.inputs]) > 0).sum(-1), MESH.model)
+
+    found = jax.shard_map(local, mesh=mesh, in_specs=(specs(state), ROWS), out_specs=P(None, *ROWS))(state, x)
+    return jax.lax.with_sharding_constraint(found, NamedSharding(mesh, P()))
+
+
+def room(
+    frozen: Sequence[Frozen], arrays: Sequence[nnx.State], batches: Iterable[tuple[Batch, np.ndarray]], mesh: Mesh
+) -> list[tuple[int, float] | None]:
+    """Slots that each frozen run needs for all active features of a token and source, and the share of tokens that they
+    are enough for; None for topk, whose number is fixed.
+
+    Enough for ENOUGH of the tokens of each stratum (batches: rows, stratum of each) and source, in steps of SLOT_STEP:
+    the few tokens beyond have no bound, and all would pay for them. Those lose the lowest of their ranks.
+    """
+    clts: list[CLT] = [nnx.merge(one.graph, held) for one, held in zip(frozen, arrays, strict=True)]
+    varying = [n for n, clt in enumerate(clts) if clt.activation != "topk"]
+    if not varying:
+        return [None] * len(clts)
+    counts, strata = {n: [] for n in varying}, []
+    for x, _, stratum in on_mesh(batches, mesh):
+        strata.append(stratum)
+        for n in varying:
+            counts[n].append(np.asarray(_active(frozen[n], mesh, arrays[n], x)))
+    stratum = np.concatenate(strata)
+
+    def enough(n: int) -> tuple[int, float]:
+        active = np.concatenate(counts[n], 1)  # [S, rows]
+        parts = [active[:, stratum == number] for number in np.unique(stratum[stratum != NO_GROUP])]
+        needed = max(int(np.quantile(part, ENOUGH, 1, method="inverted_cdf").max()) for part in parts)
+        slots = min(clts[n].b_enc[...].shape[1], max(1, -(-needed // SLOT_STEP)) * SLOT_STEP)
+        return slots, min(float((part <= slots).mean(1).min()) for part in parts)
+
+    return [enough(n) if n in counts else None for n in range(len(clts))]
 
 
 def summary(

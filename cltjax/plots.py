@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,14 @@ def draw(run: Path) -> list[Path]:
     From metrics.jsonl loss.png and features.png; from metrics.json fvu.png; from metrics_L<l>.json density.png.
     UserError where there is none of these files, or one that cannot be used.
     """
-    records, summary = read_records(run / "metrics.jsonl"), read_json(run / "metrics.json")
+    lines, summary = read_records(run / "metrics.jsonl"), read_json(run / "metrics.json")
+    records, measured = ([line for line in lines if name in line] for name in ("loss", "val_fvu"))
     sources = [read_json(path) for path in run.glob("metrics_L*.json")]
     if not (records or summary or sources):
         raise UserError(f"{run} has nothing to plot, no metrics.jsonl and no metrics.json: train.py writes them")
     plots: list[tuple[str, Any, Any]] = []
     if records:
-        plots += [("loss", plot_loss, records), ("features", plot_features, records)]
+        plots += [("loss", partial(plot_loss, measured=measured), records), ("features", plot_features, records)]
     if summary:
         plots.append(("fvu", plot_fvu, summary))
     if sources:
@@ -92,8 +94,8 @@ def depth_colours(layers: Sequence[Any]) -> np.ndarray:
     return plt.get_cmap("viridis")(np.linspace(0.0, 0.88, len(layers)))
 
 
-def plot_loss(records: list[Json]) -> Figure:
-    """Loss of the training batches, and their FVU by target, over steps."""
+def plot_loss(records: list[Json], measured: Sequence[Json] = ()) -> Figure:
+    """Loss of the training batches, and their FVU by target, over steps; and FVU on val rows, where it was measured."""
     steps = [record["step"] for record in records]
     by_target = list(zip(*(record["fvu_by_target"] for record in records), strict=True))
     colours = depth_colours(by_target)
@@ -108,6 +110,10 @@ def plot_loss(records: list[Json]) -> Figure:
         right.plot([], [], color=colours[-1], linewidth=0.9, label="... to highest")
     right.plot(steps, [record["fvu"] for record in records], color="black", linewidth=1.6, label="mean over targets")
     right.set(xlabel="step", ylabel="fraction of variance unexplained", title="FVU, training batches")
+    if measured:
+        places, values = ([line[name] for line in measured] for name in ("step", "val_fvu"))
+        right.plot(places, values, "o", color=COLOURS["image"], markersize=3.5, label="mean over targets, val rows")
+        right.set_title("FVU, training batches and val rows")
     right.legend(frameon=False, fontsize=8)
     for axes in (left, right):
         log_scale(axes)

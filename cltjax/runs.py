@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from cltjax.checkpoint import CONFIG, Checkpoints, digest_of, read_config, weights_of
+from cltjax.checkpoint import CONFIG, LEFT_OUT, Checkpoints, digest_of, last_step, read_config, weights_of
 from cltjax.clt import CLT
 from cltjax.config import TrainConfig, from_json
 from cltjax.distributed import agree, check_features, make_mesh, together
 from cltjax.errors import UserError
 from cltjax.normalisation import Normalisation, blank
-from cltjax.step import Frozen, abstract_state, graph_of, shardings
+from cltjax.step import Frozen, TrainState, abstract_state, graph_of, shardings
 from cltjax.store_format import differences
 from cltjax.wiring import Wiring, wire
 
@@ -41,13 +41,12 @@ def load(run: Path, mesh: Mesh | None = None, best: bool = False) -> Trained:
     UserError where there is none, or its features do not divide into the mesh's shards.
     """
     mesh = mesh or make_mesh("1x1")
-    nothing = UserError(f"{run} has no checkpoint yet: run train.py again")
     with together():
         found = read_config(run)
         config, data = from_json(found["config"]), found["data"]
         check_features(mesh, config.model.features)
         if not (run / "checkpoints").is_dir():
-            raise nothing
+            raise unfinished(run)
     wiring = wire(config.layer, data["model"]["n_layers"], config.offset, config.n_targets)
     scales = blank(wiring, data["model"]["d_model"])
     checkpoints = Checkpoints(run)
@@ -55,13 +54,23 @@ def load(run: Path, mesh: Mesh | None = None, best: bool = False) -> Trained:
         with together():
             step = checkpoints.best() if best else checkpoints.last()
             if step is None:
-                raise UserError(f"{run} has no best checkpoint: no val FVU was measured") if best else nothing
+                raise UserError(f"{run} has no best checkpoint: no val FVU was measured") if best else unfinished(run)
         agree(f"another checkpoint of {run}", step)
-        state, _ = checkpoints.restore(step, abstract_state(config, wiring, scales, mesh))
+        state, _ = checkpoints.restore(step, weights_alone(abstract_state(config, wiring, scales, mesh)))
     finally:
         checkpoints.close()
     clt = nnx.merge(graph_of(config, wiring, scales), state.parameters, state.constants)
     return Trained(run, step, clt, config, data, digest_of(found, step))
+
+
+def unfinished(run: Path) -> UserError:
+    return UserError(f"{run} has no checkpoint yet: run train.py again")
+
+
+def weights_alone(like: TrainState) -> TrainState:
+    """A state to be restored without what only training needs, which is twice as large as the weights."""
+    rest = {name: getattr(like, name) for name in like._fields if name not in ("parameters", "constants")}
+    return like._replace(**jax.tree.map(lambda _: LEFT_OUT, rest))
 
 
 def load_given(run: Path, given: Iterable[Path], mesh: Mesh) -> tuple[Trained, ...]:
@@ -89,7 +98,11 @@ def load_given(run: Path, given: Iterable[Path], mesh: Mesh) -> tuple[Trained, .
 
 def pins(given: Sequence[Trained]) -> dict[str, dict[str, Any]]:
     """Which weights a run is trained beside, by their source layers: part of its data."""
-    return {one.clt.wiring.name: {"run": str(one.run), "step": one.step, "digest": one.digest} for one in given}
+    return {one.clt.wiring.name: pin_of(one.run, one.step, one.digest) for one in given}
+
+
+def pin_of(run: Path, step: int, digest: str) -> dict[str, Any]:
+    return {"run": str(run), "step": step, "digest": digest}
 
 
 def check_unchanged(trained: Trained, given: Sequence[Trained]) -> None:
@@ -143,19 +156,37 @@ def check_same_model(what: str, theirs: dict[str, Any], data: dict[str, Any]) ->
             raise UserError(f"{what} was trained on a store with {field} {was}, this one has {here}")
 
 
-def start_from(
-    run: Path, config: TrainConfig, wiring: Wiring, scales: Normalisation, data: dict[str, Any], mesh: Mesh
-) -> nnx.State:
-    """The weights that make this run, whose normalisation is `scales`, begin as the function that an earlier one is.
+def pin_of_start(run: Path, config: TrainConfig, wiring: Wiring, data: dict[str, Any]) -> dict[str, Any] | None:
+    """Which weights `run` starts from, where it does not start anew: part of its data, as those of given runs are.
 
-    UserError where that is not possible: another model or site, other pairs, features, or kind of activation. Not to
-    be called inside of `together`.
+    A run that is resumed needs them no more: where they are gone, they are what they were. UserError where it cannot
+    start from them: another model or site, other pairs, features, or kind of activation.
     """
+    start = config.start_from
+    if start is None:
+        return None
+    if not (start / CONFIG).exists() and last_step(run) is not None:
+        before = read_config(run)["data"].get("start_run")
+        if before is not None and before["run"] == str(start):
+            return before
+    found = read_config(start)
+    check_same_model(f"--start-from {start}", found["data"], data)
+    check_alike(start, from_json(found["config"]), config, wiring, data["model"]["n_layers"])
+    step = last_step(start)
+    if step is None:
+        raise unfinished(start)
+    return pin_of(start, step, digest_of(found, step))
+
+
+def weights_to_start_from(pin: dict[str, Any], scales: Normalisation, mesh: Mesh) -> nnx.State:
+    """The weights that make a run whose normalisation is `scales` begin as the function that an earlier one is.
+
+    UserError where that is not what was pinned. Not to be called inside of `together`.
+    """
+    earlier = load(Path(pin["run"]), mesh)
     with together():
-        found = read_config(run)
-        check_same_model(f"--start-from {run}", found["data"], data)
-        check_alike(run, from_json(found["config"]), config, wiring, data["model"]["n_layers"])
-    earlier = load(run, mesh)
+        if pin_of(earlier.run, earlier.step, earlier.digest) != pin:
+            raise UserError(f"--start-from {earlier.run} is being trained: wait until it is finished, or stop it")
     graph, parameters, constants = nnx.split(earlier.clt, nnx.Param, ...)
     move = jax.jit(partial(refold, graph), out_shardings=shardings(parameters, mesh))
     return move(parameters, constants, scales.in_mean, scales.in_std, scales.out_mean, scales.out_std)
@@ -195,6 +226,12 @@ def refold(
     features, where targets change their scales unlike each other: those norms are of normalised decoders.
     """
     clt: CLT = nnx.merge(graph, parameters, constants)
+    rescale(clt, in_mean, in_std, out_mean, out_std)
+    return nnx.split(clt, nnx.Param, ...)[1]
+
+
+def rescale(clt: CLT, in_mean: jax.Array, in_std: jax.Array, out_mean: jax.Array, out_std: jax.Array) -> None:
+    """`refold` in place; the constants of `clt` stay what they were."""
     wider = in_std / clt.in_std[...]  # [S]
     shift = (in_mean - clt.in_mean[...]) / clt.in_std[...][:, None]  # [S, D]
     # In full precision: accelerators would round what is added to every token's pre-activation.
@@ -206,4 +243,3 @@ def refold(
         head = clt.W_dec[str(source)]
         head[...] = head[...] * scale[window][:, None]
     clt.b_dec[...] = clt.b_dec[...] * scale[:, None] + (clt.out_mean[...] - out_mean) / out_std[:, None]
-    return nnx.split(clt, nnx.Param, ...)[1]

@@ -5,6 +5,7 @@ Parameters of features are split over the mesh's `model` axis, tokens over `data
 and one sum of each gradient over `data` (tests/test_sharding.py reads it off the compiled program).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -71,8 +72,8 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def schedule(config: TrainConfig) -> Callable[[Any], Any]:
-    """Learning rate by step: a rise over `warmup` steps, flat, a fall to 0 over the last share `decay`, both linear."""
-    warmup, fall = float(config.warmup), config.decay * config.steps
+    """Learning rate by step: a rise over `warmup_steps`, flat, a fall to 0 over the last share `decay`, both linear."""
+    warmup, fall = float(config.warmup_steps), config.decay * config.steps
 
     def rate(step: Any) -> Any:
         up = jnp.minimum(1.0, (step + 1) / (warmup + 1))
@@ -129,11 +130,14 @@ class Frozen:
     """A trained CLT that helps to predict and stays as it is; its arrays are handed to the step beside this.
 
     inputs: where its sources' inputs are in a batch. targets: (its target, ours) for the targets that both have.
+    slots: most active features of a token and source in a training step; None for as many as it was trained with, which
+    under rules with a threshold is fewer than are measured (metrics.room says how many are needed).
     """
 
     graph: nnx.GraphDef
     inputs: tuple[int, ...]
     targets: tuple[tuple[int, int], ...]
+    slots: int | None = None
 
     def contributions(self, arrays: nnx.State, x: jax.Array, clt: CLT, axes: Axes, whole: bool) -> jax.Array:
         """What it writes to the targets of `clt`, in its units [B, T, D]: here the part of this shard's features.
@@ -141,6 +145,7 @@ class Frozen:
         whole: of all its active features, and not only of as many as it has slots for.
         """
         frozen: CLT = nnx.merge(self.graph, arrays)
+        frozen.slots = frozen.slots if self.slots is None else self.slots
         written = active_contributions(frozen, x[:, self.inputs], axes, whole)
         theirs, ours = map(list, zip(*self.targets, strict=True))
         scale = (frozen.out_std[...][jnp.array(theirs)] / clt.out_std[...][jnp.array(ours)])[:, None]
@@ -186,7 +191,7 @@ Step = Callable[[TrainState, jax.Array, jax.Array, Sequence[nnx.State]], tuple[T
 
 def annealed_steps(config: TrainConfig) -> int:
     """Steps in which more than k features are active."""
-    return round(config.sparsity.anneal * config.steps) if config.sparsity.k_start > 1 else 0
+    return math.ceil(config.sparsity.anneal * config.steps) if config.sparsity.k_start > 1 else 0
 
 
 def dead_after(config: TrainConfig) -> int:

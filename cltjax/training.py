@@ -16,12 +16,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from cltjax.allocator import keep_freed_memory
-from cltjax.batches import Batch, Batches, read_ahead, row_batches, sample_rows
+from cltjax.batches import Batch, Batches, drawn_apart, read_ahead, row_batches, sample_rows, trained_mix
 from cltjax.checkpoint import (
     METRICS,
     TIMING,
@@ -50,9 +49,9 @@ from cltjax.distributed import (
 )
 from cltjax.errors import UserError
 from cltjax.files import Lock
-from cltjax.metrics import EVERY, calibrate, mean_fvu, measure
+from cltjax.metrics import EVERY, calibrate, mean_fvu, measure, room
 from cltjax.normalisation import Normalisation, normalisation_of
-from cltjax.runs import check_given, freeze, input_layers, load_given, pins, start_from
+from cltjax.runs import check_given, freeze, input_layers, load_given, pin_of_start, pins, weights_to_start_from
 from cltjax.sparsity import RANKED_BY_NORM
 from cltjax.step import (
     Frozen,
@@ -73,7 +72,7 @@ from cltjax.wiring import Wiring, spell_layers, wire
 CALIBRATION_ROWS = 8192
 # Options in which the processes of a run may differ: where each of them finds the files, and which it is.
 ONE_PROCESS: dict[str, Any] = {"store": Path(), "out": None, "config": None, "processes": ProcessesConfig()}
-# A run whose train FVU is above this on average will not come back: the mean alone has 1.
+# A run whose train FVU is on average above so many times what it starts with will not come back.
 DIVERGED = 10.0
 # Nor will one that is above this so many steps after warm-up: what it has learned is worse than nothing.
 WORTHLESS, SETTLED = 1.25, 200
@@ -98,6 +97,7 @@ class Trend:
     steps: int = 0
     fvu: float = 0.0
     l0: float = 0.0
+    first: float = 0.0  # FVU of the first step
 
     def add(self, figures: dict[str, Any]) -> None:
         self.steps += 1
@@ -106,16 +106,25 @@ class Trend:
         l0 = [float(one) for one in figures["l0"]]
         self.fvu += share * (sum(fvu) / len(fvu) - self.fvu)
         self.l0 += share * (sum(l0) / len(l0) - self.l0)
+        if self.steps == 1:
+            self.first = self.fvu
+
+    @property
+    def start(self) -> float:
+        """FVU to judge by. The mean alone has 1, and so has a new run; but S given runs that each predict the whole
+        target leave about (S - 1)^2."""
+        return max(1.0, self.first)
 
     def fault(self, config: TrainConfig) -> str | None:
         """Why the run is to be given up, if it is."""
-        settled = self.steps >= config.warmup + SETTLED
-        if self.fvu > (WORTHLESS if settled else DIVERGED):
-            return f"training has diverged (train FVU {self.fvu:.3g} on average; the mean alone has 1)"
+        settled = self.steps >= config.warmup_steps + SETTLED
+        if self.fvu > (WORTHLESS if settled else DIVERGED) * self.start:
+            than = f"{self.first:.3g} at first; the mean alone has 1"
+            return f"training has diverged (train FVU {self.fvu:.3g} on average, {than})"
         if settled and config.model.activation in K_RULES:
             ks = k_values(config.model.k, config.model.features)
             k = sum(ks) / len(ks)
-            if self.l0 < COLLAPSED * k and self.fvu > LITTLE:
+            if self.l0 < COLLAPSED * k and self.fvu > LITTLE * self.start:
                 return f"training has collapsed (L0 {self.l0:.3g} of {k:g} on average, train FVU {self.fvu:.3g})"
         return None
 
@@ -195,10 +204,11 @@ def train(config: TrainConfig, stop_after: int | None = None) -> Path:
     if mesh.devices.flat[0].platform == "cpu":
         keep_freed_memory()
     run = config.out or Path("runs") / wiring.name
-    config = dataclasses.replace(config, layer=spell_layers(wiring.sources), out=run)
+    config = dataclasses.replace(config, layer=spell_layers(wiring.sources), out=run, warmup=config.warmup_steps)
     agree("other options", as_json(dataclasses.replace(config, **ONE_PROCESS)))
     given = load_given(run, config.given, mesh)
-    config = dataclasses.replace(config, given=tuple(one.run for one in given))  # found from any other folder too
+    start_from = config.start_from and config.start_from.absolute()  # found from any other folder too
+    config = dataclasses.replace(config, given=tuple(one.run for one in given), start_from=start_from)
     with ExitStack() as opened:
         with together():
             check_given(wiring, given, identity(store))
@@ -208,27 +218,29 @@ def train(config: TrainConfig, stop_after: int | None = None) -> Path:
             scales = normalisation_of(store, wiring.sources, wiring.targets, rules)
             rules.some_rows("test")
             if config.model.activation in RANKED_BY_NORM:
-                rules.some_rows("val")  # for its thresholds, at every checkpoint
+                drawn_apart(store, rules, "val")  # are there some for its thresholds, at every checkpoint?
             own = own_positions(mesh, config.batch_size, config.microbatches)
             batches = opened.enter_context(
                 closing(Batches(store, inputs, wiring.targets, rules, config.batch_size, config.data, config.seed, own))
             )
             check_folder(run, store.path)
+            data = identity(store) | {"given_runs": pins(given), "outliers": dataclasses.asdict(rules.limits)}
+            data["start_run"] = pin_of_start(run, config, wiring, data)
             run.mkdir(parents=True, exist_ok=True)
             if is_main():
                 opened.enter_context(closing(Lock(run, "another train.py")))
         last = last_step(run)
-        data = identity(store) | {"given_runs": pins(given), "outliers": dataclasses.asdict(rules.limits)}
         agree("another store or checkpoint", [without_paths(data), last])
         claim(run, as_json(config), data, resumable=last is not None)
         measured = config.log.val_rows > 0 and len(rules.rows("val")) > 0
         checkpoints = opened.enter_context(closing(Checkpoints(run, measured)))
         if last is None:
-            state, meta = first_state(config, wiring, scales, data, mesh), {}
+            state, meta = first_state(config, wiring, scales, data["start_run"], mesh), {}
         else:
             state, meta = checkpoints.restore(last, abstract_state(config, wiring, scales, mesh))
             say(f"resuming {run} at step {last}")
         say_plan(config, store, rules, wiring, run)
+        frozen = with_room(store, inputs, wiring.targets, rules, frozen, arrays, mesh)
         records = opened.enter_context(closing(Lines(run / METRICS, meta.get("metrics_bytes", 0))))
         kept = 0 if last is None else whole_lines(run / TIMING)
         timings = opened.enter_context(closing(Lines(run / TIMING, kept)))
@@ -245,14 +257,38 @@ def train(config: TrainConfig, stop_after: int | None = None) -> Path:
 
 
 def first_state(
-    config: TrainConfig, wiring: Wiring, scales: Normalisation, data: dict[str, Any], mesh: Mesh
+    config: TrainConfig, wiring: Wiring, scales: Normalisation, pin: dict[str, Any] | None, mesh: Mesh
 ) -> TrainState:
-    """The state before the first step, on its mesh: made there, since one device may not hold it."""
+    """The state before the first step, on its mesh: made there, since one device may not hold it. `pin`: of the run to
+    start from."""
     make = partial(initial_state, config, wiring, scales)
     state = jax.jit(make, out_shardings=shardings(jax.eval_shape(make), mesh))()
-    if config.start_from is not None:
-        state = state._replace(parameters=start_from(config.start_from, config, wiring, scales, data, mesh))
+    if pin is not None:
+        state = state._replace(parameters=weights_to_start_from(pin, scales, mesh))
     return state
+
+
+def with_room(
+    store: ActivationStore,
+    inputs: tuple[int, ...],
+    targets: tuple[int, ...],
+    rules: TokenRules,
+    frozen: tuple[Frozen, ...],
+    arrays: Sequence[nnx.State],
+    mesh: Mesh,
+) -> tuple[Frozen, ...]:
+    """The given runs with as many slots as train rows need, whatever they were trained with; says how many that is.
+
+    Part of what a run is, though in no file: it follows from the store, the given runs and the token rules.
+    """
+    if not frozen:
+        return ()
+    mix = trained_mix(store, rules, "train", CALIBRATION_ROWS)
+    found = room(frozen, arrays, row_batches(store, inputs, targets, mix.stratum, mix.rows), mesh)
+    if counted := [each for each in found if each is not None]:
+        most, least = max(slots for slots, _ in counted), min(share for _, share in counted)
+        say(f"given runs: up to {most} features of a token and source, all that are active on {least:.2%} of tokens")
+    return tuple(dataclasses.replace(one, slots=each and each[0]) for one, each in zip(frozen, found, strict=True))
 
 
 def validation(
@@ -273,22 +309,21 @@ def validation(
     if not len(used) or not (calibrated or config.log.val_rows):
         return state, None
 
-    def rows(most: int) -> Iterator[tuple[Batch, np.ndarray]]:
-        sample = sample_rows(used, most, store.block_rows)
-        return row_batches(store, inputs, clt.wiring.targets, rules.group, sample)
-
+    batches = partial(row_batches, store, inputs, clt.wiring.targets)
     if calibrated:
-        cut = calibrate(clt, partial(rows, CALIBRATION_ROWS), rules.used_groups, mesh)
+        mix = trained_mix(store, rules, "val", CALIBRATION_ROWS)
+        cut = calibrate(clt, partial(batches, mix.stratum, mix.rows), mix.shares, mesh)
         clt.cut[...] = jax.device_put(cut, clt.cut[...].sharding)
         state = state._replace(constants=nnx.split(clt, nnx.Param, ...)[2])
     if not config.log.val_rows:
         return state, None
-    figures = measure(clt, rows(config.log.val_rows), rules.used_groups, frozen, arrays, mesh).fit
+    sample = sample_rows(used, config.log.val_rows, store.block_rows)
+    figures = measure(clt, batches(rules.group, sample), rules.used_groups, frozen, arrays, mesh).fit
     return state, mean_fvu(figures.figures(clt.wiring.targets, rules.used_groups))[EVERY]
 
 
 def say_plan(config: TrainConfig, store: ActivationStore, rules: TokenRules, wiring: Wiring, run: Path) -> None:
-    """Two lines about what is going to be done."""
+    """What is going to be done, and which options will do nothing."""
     tokens, model = config.steps * config.batch_size, config.model
     k = "" if model.activation in ("jumprelu", "relu") else f" k={spell_numbers(model.k)}"
     say(
@@ -297,6 +332,10 @@ def say_plan(config: TrainConfig, store: ActivationStore, rules: TokenRules, wir
         + ("" if store.complete else " (the capture is unfinished: only what is published)")
     )
     say(f"train rows: {rules.describe('train')}")
+    if model.activation == "topk" and model.slots is not None:
+        say(f"--model.slots {model.slots} does nothing under topk: k features of a token are active")
+    if config.log.val_rows and not len(rules.rows("val")):
+        say("val rows: none, so there is no val FVU and no best checkpoint")
 
 
 def spell_numbers(k: float | tuple[float, ...]) -> str:
@@ -374,6 +413,7 @@ class Loop:
         ready, fvu = self.validate(state)
         if fvu is not None:
             say(f"step {step:>6}/{self.config.steps}  val FVU {fvu:.4f}")
+            self.records.add({"step": step, "val_fvu": fvu})
         meta = {
             "window": dataclasses.asdict(self.window),
             "trend": dataclasses.asdict(self.trend),
@@ -413,19 +453,23 @@ class Loop:
         self.report(record)
 
     def report(self, record: dict[str, Any]) -> None:
-        """The progress line, and the same in timing.jsonl. Figures are those of the training batches."""
+        """The progress line, and the same in timing.jsonl. Figures are those of the training batches. What is about
+        speed is left out where no step was timed: the first one's time is the compiler's."""
         now = time.perf_counter()
-        seconds = now - self.since
-        speed = self.timed_steps * self.config.batch_size / seconds
-        waited = self.waited / seconds
-        left = (self.config.steps - record["step"]) * self.config.batch_size / max(speed, 1.0)
+        timing: dict[str, Any] = {"step": record["step"], "seconds": now - self.since}
+        speed = left = ""
+        if self.timed_steps:
+            rate, waiting = (n / timing["seconds"] for n in (self.timed_steps * self.config.batch_size, self.waited))
+            timing |= {"tokens_per_s": rate, "waiting": waiting}
+            seconds = int((self.config.steps - record["step"]) * self.config.batch_size / rate)
+            speed = f"{rate:>7,.0f} tokens/s  waiting {waiting:4.0%}  "
+            left = f"  left {seconds // 60}:{seconds % 60:02d}"
         say(
-            f"step {record['step']:>6}/{self.config.steps}  {speed:>7,.0f} tokens/s  waiting {waited:4.0%}  "
+            f"step {record['step']:>6}/{self.config.steps}  {speed}"
             f"loss {record['loss']:.4f}  train FVU {record['fvu']:.4f}  L0 {record['l0']:.1f}  "
-            f"dead {record['dead']:.1%}  "
-            + (f"slots full {record['full']:.0%}  " if record["full"] >= MANY_FULL else "")
-            + f"left {int(left) // 60}:{int(left) % 60:02d}"
+            f"dead {record['dead']:.1%}"
+            + (f"  slots full {record['full']:.0%}" if record["full"] >= MANY_FULL else "")
+            + left
         )
-        timing = {"step": record["step"], "seconds": seconds, "tokens_per_s": speed, "waiting": waited}
         self.timings.add(timing)
         self.since, self.waited, self.timed_steps = now, 0.0, 0

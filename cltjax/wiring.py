@@ -55,8 +55,10 @@ def wire(layers: str, n_layers: int, offset: int, n_targets: int) -> Wiring:
 
     `all` leaves out sources that no target is left for; naming one is a UserError.
     """
-    if offset < 0 or n_targets < 1:
-        raise UserError(f"--offset {offset} must be 0 or above and --n-targets {n_targets} 1 or above")
+    if offset < 0:
+        raise UserError(f"--offset {offset} must be 0 or above")
+    if n_targets < 1:
+        raise UserError(f"--n-targets {n_targets} must be 1 or above")
     named = parse_layers(layers, n_layers)
     last = n_layers - 1
     sources = tuple(layer for layer in named if layer + offset <= last)

@@ -5,21 +5,24 @@
     python train.py --config configs/gemma_3_4b.py --store activations
     python evaluate.py --clt runs/L0-33 --store activations
 
-No such run has been made yet. What it needs, computed; where disks are slower than the store's rate, they set the time:
+No such run has been made yet. The rule, batchtopk with room for 2 k features of a token, and the weight of `revive`
+were chosen on the demo VLM (configs/demo_joint.py); nothing has been compared at this size.
+
+What it needs, computed; where disks are slower than the store's rate, they set the time:
 
     cltjax estimate --config configs/gemma_3_4b.py
-    model       sources 0-33 -> targets 0-33, F=4096, 16 slots
+    model       sources 0-33 -> targets 0-33, F=4096, 32 slots
     parameters  2,915,267,584: encoder 356,515,840, decoder 2,558,525,440, biases 226,304
-    memory      55.3 GiB on the device
-    a token     775.8 MFLOP, 340.0 KiB from the store
-    a step      2,048 tokens: at least 49.0 ms, 135.0 ms without a cache
-    the run     40,000 steps, 81,920,000 tokens: at least 32.6 min, 1.5 h without a cache
-    the store   25.9 TiB read, 14.56 GB/s at 41,823 tokens/s; 324.2 GiB per million rows
+    memory      56.4 GiB on the device
+    a token     1.0 GFLOP, 340.0 KiB from the store
+    a step      2,048 tokens: at least 52.7 ms, 227.9 ms without a cache
+    the run     40,000 steps, 81,920,000 tokens: at least 35.2 min, 2.5 h without a cache
+    the store   25.9 TiB read, 13.52 GB/s at 38,842 tokens/s; 324.2 GiB per million rows
     checkpoint  32.6 GiB; the last and the best are kept
     assumed     400.0 TFLOP/s and 3.0 TB/s of memory a device
 """
 
-from cltjax.config import DataConfig, LogConfig, ModelConfig, TokensConfig, TrainConfig
+from cltjax.config import DataConfig, LogConfig, ModelConfig, SparsityConfig, TokensConfig, TrainConfig
 from cltjax.estimate import ModelShape
 
 model_shape = ModelShape(n_layers=34, d_model=2560)
@@ -31,7 +34,8 @@ config = TrainConfig(
     steps=40_000,
     warmup=1000,
     dtype="bfloat16",
-    model=ModelConfig(features=4096, k=16),
+    model=ModelConfig(features=4096, k=16, activation="batchtopk", slots=32),
+    sparsity=SparsityConfig(revive=6e-5),
     tokens=TokensConfig(image_share=0.5),
     data=DataConfig(buffer_mib=32768),
     log=LogConfig(checkpoint_every=2000, val_rows=4096),

@@ -5,23 +5,26 @@
     python train.py --config configs/llava_1_5_7b_joint.py --store activations
     python evaluate.py --clt runs/L0-31 --store activations
 
-No such run has been made yet. What it needs, computed; where disks are slower than the store's rate, they set the time:
+No such run has been made yet. The rule, batchtopk with room for 2 k features of a token, and the weight of `revive`
+were chosen on the demo VLM (configs/demo_joint.py); nothing has been compared at this size.
+
+What it needs, computed; where disks are slower than the store's rate, they set the time:
 
     cltjax estimate --config configs/llava_1_5_7b_joint.py
-    model       sources 0-31 -> targets 0-31, F=8192, 16 slots
+    model       sources 0-31 -> targets 0-31, F=8192, 32 slots
     parameters  18,790,875,136: encoder 1,073,741,824, decoder 17,716,740,096, biases 393,216
-    memory      53.5 GiB on each of 1x8 devices
-    a token     2.4 GFLOP, 512.0 KiB from the store
-    a step      4,096 tokens: at least 49.4 ms, 120.2 ms without a cache
-    the run     20,000 steps, 81,920,000 tokens: at least 16.5 min, 40.1 min without a cache
-    the store   39.1 TiB read, 43.48 GB/s at 82,924 tokens/s; 488.3 GiB per million rows
+    memory      54.1 GiB on each of 1x8 devices
+    a token     3.1 GFLOP, 512.0 KiB from the store
+    a step      4,096 tokens: at least 52.6 ms, 197.0 ms without a cache
+    the run     20,000 steps, 81,920,000 tokens: at least 17.5 min, 1.1 h without a cache
+    the store   39.1 TiB read, 40.80 GB/s at 77,813 tokens/s; 488.3 GiB per million rows
     checkpoint  210.0 GiB; the last and the best are kept
     assumed     400.0 TFLOP/s and 3.0 TB/s of memory a device, 450.0 GB/s between devices
 
 A machine with fewer GPUs can train the layers in turn (--given), or a shorter window (--n-targets).
 """
 
-from cltjax.config import DataConfig, LogConfig, ModelConfig, TokensConfig, TrainConfig
+from cltjax.config import DataConfig, LogConfig, ModelConfig, SparsityConfig, TokensConfig, TrainConfig
 from cltjax.estimate import ModelShape
 
 model_shape = ModelShape(n_layers=32, d_model=4096)
@@ -34,7 +37,8 @@ config = TrainConfig(
     warmup=1000,
     dtype="bfloat16",
     mesh="1x8",
-    model=ModelConfig(features=8192, k=16),
+    model=ModelConfig(features=8192, k=16, activation="batchtopk", slots=32),
+    sparsity=SparsityConfig(revive=6e-5),
     tokens=TokensConfig(image_share=0.5),
     data=DataConfig(buffer_mib=32768),
     log=LogConfig(checkpoint_every=2000, val_rows=4096),

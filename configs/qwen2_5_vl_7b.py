@@ -5,21 +5,24 @@
     python train.py --config configs/qwen2_5_vl_7b.py --store activations
     python evaluate.py --clt runs/L0-27 --store activations
 
-No such run has been made yet. What it needs, computed; where disks are slower than the store's rate, they set the time:
+No such run has been made yet. The rule, batchtopk with room for 2 k features of a token, and the weight of `revive`
+were chosen on the demo VLM (configs/demo_joint.py); nothing has been compared at this size.
+
+What it needs, computed; where disks are slower than the store's rate, they set the time:
 
     cltjax estimate --config configs/qwen2_5_vl_7b.py
-    model       sources 0-27 -> targets 0-27, F=8192, 16 slots
+    model       sources 0-27 -> targets 0-27, F=8192, 32 slots
     parameters  10,452,535,296: encoder 822,083,584, decoder 9,630,121,984, biases 329,728
-    memory      55.6 GiB on each of 1x4 devices
-    a token     1.8 GFLOP, 392.0 KiB from the store
-    a step      4,096 tokens: at least 51.5 ms, 129.7 ms without a cache
-    the run     20,000 steps, 81,920,000 tokens: at least 17.2 min, 43.2 min without a cache
-    the store   29.9 TiB read, 31.93 GB/s at 79,549 tokens/s; 373.8 GiB per million rows
+    memory      56.5 GiB on each of 1x4 devices
+    a token     2.3 GFLOP, 392.0 KiB from the store
+    a step      4,096 tokens: at least 55.3 ms, 214.4 ms without a cache
+    the run     20,000 steps, 81,920,000 tokens: at least 18.4 min, 1.2 h without a cache
+    the store   29.9 TiB read, 29.75 GB/s at 74,109 tokens/s; 373.8 GiB per million rows
     checkpoint  116.8 GiB; the last and the best are kept
     assumed     400.0 TFLOP/s and 3.0 TB/s of memory a device, 450.0 GB/s between devices
 """
 
-from cltjax.config import DataConfig, LogConfig, ModelConfig, TokensConfig, TrainConfig
+from cltjax.config import DataConfig, LogConfig, ModelConfig, SparsityConfig, TokensConfig, TrainConfig
 from cltjax.estimate import ModelShape
 
 model_shape = ModelShape(n_layers=28, d_model=3584)
@@ -32,7 +35,8 @@ config = TrainConfig(
     warmup=1000,
     dtype="bfloat16",
     mesh="1x4",
-    model=ModelConfig(features=8192, k=16),
+    model=ModelConfig(features=8192, k=16, activation="batchtopk", slots=32),
+    sparsity=SparsityConfig(revive=6e-5),
     tokens=TokensConfig(image_share=0.5),
     data=DataConfig(buffer_mib=32768),
     log=LogConfig(checkpoint_every=2000, val_rows=4096),

@@ -34,6 +34,7 @@ class Given(NamedTuple):
     wiring: Wiring
     rule: Rule
     x_norm: Any = None  # [B, its S, D], where it does not read the same layers as the run that is trained
+    units: Any = None  # [its T] its targets' units in those of the run that is trained, where they differ
 
 
 class Encoded(NamedTuple):
@@ -146,7 +147,8 @@ def given_predictions(given: Sequence[Any], x_norm: np.ndarray, wiring: Wiring) 
         parameters = as_float64(one.parameters)
         codes = encode(parameters, x_norm if one.x_norm is None else as_float64(one.x_norm), one.rule, one.wiring).codes
         y_hat = by_target(parameters["W_dec"], parameters["b_dec"], codes, one.wiring)
-        found = dict(zip(one.wiring.targets, y_hat, strict=True))
+        units = np.ones(len(y_hat)) if one.units is None else as_float64(one.units)
+        found = {target: unit * y for target, unit, y in zip(one.wiring.targets, units, y_hat, strict=True)}
         total = total + np.stack([found.get(target, np.zeros_like(y_hat[0])) for target in wiring.targets], axis=1)
     return total
 

@@ -22,6 +22,7 @@ from cltjax.batches import (
     sample_rows,
     split_batches,
     spread,
+    trained_mix,
 )
 from cltjax.config import DataConfig, TokensConfig
 from cltjax.errors import UserError
@@ -210,6 +211,24 @@ def test_the_share_holds_in_any_piece_of_a_batch():
         for parts in (2, 4, 8, 16):
             for pieces in (chosen.reshape(parts, -1), chosen.reshape(-1, parts).T):
                 assert np.abs(pieces.sum(1) - n / parts).max() <= 4
+
+
+@pytest.mark.parametrize("share", [None, 0.1, 0.7, 1.0])
+@pytest.mark.parametrize("most", [1, 60, 10**6])
+def test_a_sample_that_stands_for_the_trained_mix(store: ActivationStore, share: float | None, most: int):
+    """As `most` rows have it where there are so many, and every row of it has its stratum."""
+    rules, modality = rules_of(store, image_share=share), store.column("modality")
+    rows, mix = rules.rows("val"), trained_mix(store, rules, "val", most)
+    assert np.isin(mix.rows, rows).all() and (np.diff(mix.rows) > 0).all()
+    if share in (None, 1.0):
+        assert mix.shares == (1.0,) and len(mix.rows) == min(most, len(rows)) and not mix.stratum[mix.rows].any()
+        return
+    assert mix.shares == (1 - share, share)
+    image = modality[mix.rows] == IMAGE
+    assert (mix.stratum[mix.rows] == image).all()
+    there = (modality[rows] == IMAGE).sum()
+    assert image.sum() == min(there, max(1, round(share * most)))
+    assert (~image).sum() == min(len(rows) - there, max(1, round((1 - share) * most)))
 
 
 def test_image_share_without_what_it_needs(tmp_path: Path, store: ActivationStore):

@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from cltjax.checkpoint import LEFT_OUT, agrees
 from cltjax.checksum import checksum
 from cltjax.distributed import make_mesh
 
@@ -54,3 +55,12 @@ def test_anything_else_has_another():
     assert checksum(swapped, META)[0] != whole[0]
     assert checksum(state(), {"window": {"loss": 0.2}})[:4] == whole[:4]
     assert checksum(state(), {"window": {"loss": 0.2}})[4] != whole[4]
+
+
+def test_of_what_was_left_out_nothing_is_known():
+    whole, part = checksum(state(), META), checksum(state() | {"silent": LEFT_OUT}, META)
+    assert part == [None, *whole[1:]] and agrees(whole, part) and agrees(whole, whole)
+    for place in range(1, 5):
+        other = [one + (n == place) for n, one in enumerate(whole)]  # type: ignore[operator]
+        assert not agrees(other, part)
+    assert not agrees(whole[:4], part) and not agrees(None, part)

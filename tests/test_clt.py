@@ -172,6 +172,15 @@ def test_wiring_of_windows():
     assert wire("0,3", 5, 0, 1).windows == (slice(0, 1), slice(1, 2))
 
 
+@pytest.mark.parametrize(
+    "offset, n_targets, message",
+    [(-1, 16, "--offset -1 must be 0 or above"), (1, 0, "--n-targets 0 must be 1 or above")],
+)
+def test_windows_that_are_none(offset: int, n_targets: int, message: str):
+    with pytest.raises(UserError, match=f"^{message}$"):
+        wire("0", 4, offset, n_targets)
+
+
 @pytest.mark.parametrize("layers, offset", [("3", 1), ("0-3", 1), ("4", 0), ("all", 4)])
 def test_sources_without_a_target_are_refused(layers, offset):
     with pytest.raises(UserError, match=r"layer"):

@@ -75,8 +75,16 @@ def test_a_typo_gets_the_nearest_name(capsys):
         ({"model": ModelConfig(k=-3)}, "--model.k -3 is not between"),
         ({"model": ModelConfig(k=float("nan"))}, "--model.k is nan"),
         ({"model": ModelConfig(k=())}, "--model.k needs a number"),
+        ({"sparsity": SparsityConfig(penalty=2e-3)}, "--sparsity.penalty 0.002 does nothing under .* topk, only under"),
+        ({"sparsity": SparsityConfig(ramp=0.5), "model": ModelConfig(activation="batchtopk")}, "--sparsity.ramp 0.5"),
+        ({"sparsity": SparsityConfig(scale=2), "model": ModelConfig(activation="relu")}, "--sparsity.scale 2 does"),
+        (
+            {"sparsity": SparsityConfig(k_start=4), "model": ModelConfig(activation="relu")},
+            r"--sparsity.k-start 4 .*at 1$",
+        ),
         ({"sparsity": SparsityConfig(dead_after=-1)}, "--sparsity.dead-after -1"),
-        ({"steps": 99}, "--warmup 100 is longer than the run"),
+        ({"steps": 99, "warmup": 100}, "--warmup 100 is longer than the run"),
+        ({"warmup": -1}, "--warmup -1 must be 0 or above"),
         ({"target_weights": (1.0, -1.0)}, "--target-weights 1 -1 must"),
         ({"target_weights": (0.0, 0.0)}, "--target-weights 0 0 must"),
         ({"target_weights": (1.0, float("nan"))}, "--target-weights is "),
@@ -87,10 +95,25 @@ def test_impossible_values_are_refused(change: dict, named: str):
         replace(TrainConfig("0"), **change).check()
 
 
+@pytest.mark.parametrize(
+    "steps, given, resolved", [(2500, None, 100), (1000, None, 100), (999, None, 99), (50, None, 5)]
+)
+def test_warm_up_is_a_tenth_of_a_short_run(steps: int, given: int | None, resolved: int):
+    config = TrainConfig("0", steps=steps, warmup=given)
+    config.check()
+    assert config.warmup_steps == resolved
+
+
 def test_what_is_unusual_is_possible():
     model = ModelConfig(features=100, k=(3, 0.5))
     config = TrainConfig("0", steps=100, lr=1, target_weights=(0, 2.0), model=model)
     replace(config, sparsity=SparsityConfig(dead_after=0)).check()
+    jumprelu = ModelConfig(activation="jumprelu")
+    replace(
+        config, model=jumprelu, sparsity=SparsityConfig(penalty=1, ramp=0, scale=2, bandwidth=2, threshold=1)
+    ).check()
+    # The slots of a recipe whose rule is overridden.
+    replace(config, model=ModelConfig(features=100, k=64, slots=32)).check()
 
 
 @pytest.mark.parametrize(
@@ -158,6 +181,7 @@ def test_json_is_the_way_back():
 def test_paths_and_logging_do_not_make_another_run():
     config = TrainConfig("0")
     moved = replace(config, store=Path("a"), out=Path("b"), config=Path("c"), log=LogConfig(every=3))
+    moved = replace(moved, given=(Path("d"),), start_from=Path("e"))
     assert differing(as_json(config), as_json(moved)) is None
     other = replace(config, model=ModelConfig(k=8))
     assert differing(as_json(config), as_json(other)) == "model.k: 16 -> 8"

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 import dense
 from cltjax.batches import Batch, split_batches
@@ -10,8 +11,9 @@ from cltjax.clt import CLT
 from cltjax.config import ModelConfig, TokensConfig
 from cltjax.distributed import make_mesh
 from cltjax.errors import UserError
-from cltjax.metrics import Fit, Measured, calibrate, fit_sums, measure, membership_of, summary
+from cltjax.metrics import Fit, Measured, calibrate, fit_sums, measure, membership_of, room, summary
 from cltjax.normalisation import Normalisation, normalisation_of
+from cltjax.step import Frozen
 from cltjax.tokens import GROUPS, NormLimits, token_rules
 from cltjax.wiring import wire
 from stores import synthetic_store
@@ -158,7 +160,7 @@ def with_thresholds(activation, slots=5, **sizes):
     wiring = wire("all", 3, 0, 2)
     rng = np.random.default_rng(7)
     scales = Normalisation(*(rng.uniform(0.5, 2, shape).astype(np.float32) for shape in ((3, 7), 3, (3, 7), 3)))
-    shape = ModelConfig(F, **{"k": (2, 3, 5), "activation": activation, "slots": slots} | sizes)
+    shape = ModelConfig(**{"features": F, "k": (2, 3, 5), "activation": activation, "slots": slots} | sizes)
     clt = CLT(wiring, shape, scales, jax.random.key(2))
     for W in (clt.W_enc, clt.b_enc, *clt.W_dec.values()):
         W[...] = rng.normal(size=W[...].shape).astype(np.float32)
@@ -195,26 +197,76 @@ def test_all_features_above_their_thresholds_are_measured(activation, shape):
     np.testing.assert_allclose(measured.fit.error, [error[group == m].sum(0) for m in range(4)], rtol=1e-4)
 
 
+def in_strata(batches, strata):
+    """Rows of the groups 0 and 1 as one stratum or as two; the others belong to none."""
+    one = [(batch, np.where(group < 2, 0, 7).astype(np.uint8)) for batch, group in batches]
+    return one if strata == 1 else batches
+
+
 @pytest.mark.parametrize("activation", ["batchtopk", "topk_joint"])
-@pytest.mark.parametrize("shape", ["1x1", "2x1"])
-def test_thresholds_leave_k_features_on_average(activation, shape):
-    """The k N-th largest rank of the used rows exactly, by source or over all: not of the candidates alone."""
-    clt, batches = with_thresholds(activation)
-    cut = calibrate(clt, lambda: iter(batches), USED, make_mesh(shape))
+@pytest.mark.parametrize("shape", ["1x1", "2x4"])
+@pytest.mark.parametrize("shares", [(1.0,), (0.8, 0.2)])
+def test_thresholds_leave_k_features_on_average(activation, shape, shares):
+    """The k N-th largest rank of the used rows exactly, by source or over all: not of the candidates alone. Where the
+    tokens are trained on in other shares than the rows have, the average is over those."""
+    clt, batches = with_thresholds(activation, features=24)
+    batches = in_strata(batches, len(shares))
+    cut = calibrate(clt, lambda: iter(batches), shares, make_mesh(shape))
     x = np.concatenate([batch.x for batch, _ in batches])
-    used = np.isin(np.concatenate([group for _, group in batches]), USED)
-    rank = np.asarray(clt.rank(clt.pre_activations(clt.normalise_inputs(x))))[:, used]
-    active = (rank >= np.float32(1 - 1e-6) * cut[:, None, None]).sum((1, 2))  # other products round otherwise
+    stratum = np.concatenate([stratum for _, stratum in batches])
+    weight = np.zeros(len(stratum))
+    for number, share in enumerate(shares):
+        weight[stratum == number] = share / (stratum == number).sum()
+    rank = np.asarray(clt.rank(clt.pre_activations(clt.normalise_inputs(x))))
+    # Other products round otherwise.
+    active, fewer = ((rank >= np.float32(1 + by) * cut[:, None, None]).sum(-1) @ weight for by in (-1e-6, 1e-6))
+    k = np.array([2.0, 3.0, 5.0])
     if activation == "topk_joint":
-        assert len(set(cut.tolist())) == 1 and active.sum() == 10 * used.sum()
+        assert len(set(cut.tolist())) == 1
+        active, fewer, k = active.sum(), fewer.sum(), k.sum()
+    assert (active >= k - 1e-9).all() and (fewer < k - 1e-9).all() and (active - fewer <= weight.max() + 1e-9).all()
+    used = weight > 0
+    if len(shares) == 1:
+        assert active * used.sum() == pytest.approx(k * used.sum(), rel=1e-12)
     else:
-        assert (active == np.array([2, 3, 5]) * used.sum()).all()
-    assert (np.sort(rank, -1)[..., -clt.slots - 1] > cut[:, None]).any()  # tokens with more than the slots hold
+        plain = (rank >= np.float32(1 - 1e-6) * cut[:, None, None])[:, used].sum(-1).mean(1)
+        assert np.abs(plain - np.array([2, 3, 5])).max() > 0.05  # the shares matter
+    assert (np.sort(rank, -1)[:, used, -clt.slots - 1] > cut[:, None]).any()  # tokens with more than the slots hold
 
 
 def test_thresholds_where_nearly_nothing_is_positive():
     clt, batches = with_thresholds("batchtopk", k=5)
     clt.b_enc[...] = clt.b_enc[...] - 1e3
-    assert (calibrate(clt, lambda: iter(batches), USED, make_mesh("1x1")) == 0).all()
-    with pytest.raises(UserError, match="none of the val rows"):
-        calibrate(clt, lambda: iter(batches), (), make_mesh("1x1"))
+    assert (calibrate(clt, lambda: iter(batches), (0.3, 0.7), make_mesh("1x1")) == 0).all()
+    first = [(batch, np.zeros_like(group)) for batch, group in batches]
+    with pytest.raises(UserError, match="val rows are lacking"):
+        calibrate(clt, lambda: iter(first), (0.3, 0.7), make_mesh("1x1"))
+
+
+@pytest.mark.parametrize("shape", ["1x1", "2x4"])
+@pytest.mark.parametrize("strata", [1, 2])
+def test_room_for_a_frozen_run(monkeypatch: pytest.MonkeyPatch, shape, strata):
+    """As many slots as most tokens of each stratum and source need."""
+    monkeypatch.setattr("cltjax.metrics.ENOUGH", 0.9)
+    clt, batches = with_thresholds("batchtopk", features=24)
+    graph, arrays = nnx.split(clt)
+    wider = [(Batch(batch.x[:, [2, 0, 1]], batch.y), group % strata) for batch, group in batches]
+    frozen = Frozen(graph, (1, 2, 0), ((0, 0),))
+    active = np.concatenate([np.asarray((clt.codes(batch.x) > 0).sum(-1)) for batch, _ in batches], 1)
+    stratum = np.concatenate([stratum for _, stratum in wider])
+    parts = [active[:, stratum == number] for number in range(strata)]
+    for step in (1, 8):
+        monkeypatch.setattr("cltjax.metrics.SLOT_STEP", step)
+        (found,) = room((frozen,), (arrays,), iter(wider), make_mesh(shape))
+        assert found is not None
+        slots, share = found
+        shares = [min(float((part <= n).mean(1).min()) for part in parts) for n in range(25)]
+        needed = next(n for n in range(25) if shares[n] >= 0.9)
+        expected = min(24, -(-needed // step) * step)
+        assert slots == expected and share == pytest.approx(shares[expected])
+        assert clt.slots < needed < 24 and (share < 1) == (step == 1)
+    topk, _ = with_thresholds("topk", features=24)
+    other = Frozen(nnx.graphdef(topk), (0, 1, 2), ((0, 0),))
+    held = nnx.state(topk), arrays
+    assert room((other, frozen), held, iter(wider), make_mesh(shape)) == [None, found]
+    assert room((other,), held[:1], iter(()), make_mesh(shape)) == [None]

@@ -111,6 +111,17 @@ def test_training_curves_are_the_records():
         assert isinstance(axes.lines[0], Line2D) and axes.lines[0].get_xdata()[0] == 50  # type: ignore[index]
 
 
+def test_what_was_measured_on_val_rows_is_drawn_beside_the_training_batches(tmp_path: Path):
+    measured = [{"step": 70, "val_fvu": 0.41}, {"step": 140, "val_fvu": 0.23}]
+    lines = records(3)
+    write(tmp_path, [lines[0], measured[0], *lines[1:], measured[1]], None, [])
+    assert [path.stem for path in draw(tmp_path)] == ["loss", "features"]
+    _, right = plot_loss(lines, measured).axes
+    (line,) = (line for line in right.lines if "val rows" in str(line.get_label()))
+    assert np.asarray(line.get_xdata()).tolist() == [70, 140] and np.asarray(line.get_ydata()).tolist() == [0.41, 0.23]
+    assert not any("val rows" in label for label in lines_of(plot_loss(lines).axes[1]))
+
+
 def test_fvu_of_the_groups_that_are_trained_on():
     found = summary(3, ridge=True)
     upper, lower = plot_fvu(found).axes

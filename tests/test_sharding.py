@@ -18,7 +18,7 @@ from cltjax.config import TrainConfig
 from cltjax.sparsity import candidates
 from cltjax.step import Frozen, make_step
 from cltjax.wiring import wire
-from test_step import FAST, RULES, Case, D, arguments, case, close, mesh_of
+from test_step import FAST, GIVEN_SLOTS, RULES, Case, D, arguments, case, close, given_run, mesh_of
 from test_step import settings as configuration
 
 B, F, K, SLOTS = 48, 40, 3, 6
@@ -47,11 +47,9 @@ def sharded_case(activation: str) -> tuple[Case, tuple[Frozen, ...], tuple]:
     )
     of = case(config, wire("0-1", 2, 0, 16), seed=5, extra=1)
     of = of._replace(state=of.state._replace(step=np.array(0, np.int32)))  # type: ignore[arg-type]
-    if activation != "topk":
-        return of, (), ()
-    theirs = case(configuration("topk", 24), wire("0", 2, 0, 16), seed=6)
-    frozen = Frozen(theirs.graph, (2,), ((0, 0), (1, 1)))
-    return of, (frozen,), (nnx.merge_state(theirs.state.parameters, theirs.state.constants),)
+    theirs = case(configuration(activation, 24), wire("0", 2, 0, 16), seed=6)
+    frozen = Frozen(theirs.graph, (2,), ((0, 0), (1, 1)), None if activation == "topk" else GIVEN_SLOTS)
+    return of, (frozen,), (given_run(activation, theirs)[0],)
 
 
 @cache
@@ -63,7 +61,7 @@ def on_one_device(activation: str):
 @pytest.mark.parametrize("shape", MESHES)
 @pytest.mark.parametrize("activation", RULES)
 def test_a_step_is_the_same_on_every_mesh(activation: str, shape: tuple[int, int]):
-    """With revive and AuxK; topk and jumprelu over two microbatches, topk also with a given run."""
+    """With revive, AuxK and a given run of the same rule; topk and jumprelu over two microbatches."""
     of, frozen, held = sharded_case(activation)
     state, figures = after_one_step(of, shape, frozen, held)
     alone, alone_figures = on_one_device(activation)
@@ -119,31 +117,42 @@ def collectives(text: str) -> list[tuple[str, tuple[int, ...]]]:
     return found
 
 
-@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
-def test_what_crosses_devices(activation: str):
-    """On 2x4: ranks of candidates, one sum of the prediction, the gradients of a shard's parameters, and counts."""
+@pytest.mark.parametrize(
+    "activation, sparsity, options",
+    [
+        ("topk", {}, {}),
+        ("batchtopk", {}, {}),
+        ("batchtopk", {"revive": 0.3}, FAST),
+        ("topk_joint", BOTH, FAST),
+        ("jumprelu", BOTH, FAST),
+    ],
+)
+def test_what_crosses_devices(activation: str, sparsity: dict, options: dict):
+    """On 2x4: ranks of candidates, one sum of the prediction, the gradients of a shard's parameters, and counts. With
+    AuxK also the ranks of its candidates, and one sum of what they reconstruct."""
     config: TrainConfig = configuration(
-        activation, F, B, model={"k": K, "slots": None if activation == "topk" else SLOTS}
+        activation, F, B, model={"k": K, "slots": None if activation == "topk" else SLOTS}, sparsity=sparsity
     )
     of = case(config, wire("0-1", 3, 0, 16))
     mesh = mesh_of(2, 4)
     inputs = arguments(of, mesh)
     step: Any = make_step(config, of.graph, mesh)
-    found = collectives(step.lower(*inputs).compile().as_text())
-    S, T, b, model, C = 2, 3, B // 2, 4, K if activation == "topk" else SLOTS
+    found = collectives(step.lower(*inputs).compile(compiler_options=options).as_text())
+    S, T, b, model, C, auxk = 2, 3, B // 2, 4, K if activation == "topk" else SLOTS, "auxk" in sparsity
     sizes = {name: sorted(int(np.prod(s)) for n, s in found if n == name) for name, _ in found}
 
     assert set(sizes) == {"all-reduce", "all-gather"}
     # As many elements as codes or pre-activations have, of all tokens or a shard's, all features or a shard's.
     dense = {s * t * f for s in (1, S) for t in (B, b) for f in (F, F // model)}
     assert not dense & {size for many in sizes.values() for size in many}
-    assert sizes["all-gather"] == [S * b * C * model]
-    assert sizes["all-reduce"].count(b * T * D) == 1
+    assert sizes["all-gather"] == sorted([S * b * C * model] + [S * b * BOTH["auxk_features"] * model] * auxk)
+    assert sizes["all-reduce"].count(b * T * D) == 1 + auxk
     # A gradient of each parameter, as large as a device's part of it.
     parts = [S * (F // model) * D, S * (F // model), T * D]
     parts += [(F // model) * len(of.wiring.targets_of(source)) * D for source in of.wiring.sources]
+    parts += [S * (F // model)] * (activation == "jumprelu")  # thresholds
     rest = sizes["all-reduce"].copy()
-    for part in (b * T * D, *parts):
+    for part in (*[b * T * D] * (1 + auxk), *parts):
         rest.remove(part)
     # What remains are counts: of a feature (fired), a target, a source, or one number.
     fired = S * (F // model)

@@ -13,11 +13,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import dense
-from cltjax.config import ModelConfig, SparsityConfig, TrainConfig
+from cltjax.config import ModelConfig, SparsityConfig, TrainConfig, slots_of
 from cltjax.normalisation import Normalisation
+from cltjax.sparsity import RANKED_BY_NORM
 from cltjax.step import (
     Frozen,
     TrainState,
+    annealed_steps,
     graph_of,
     initial_state,
     make_gradients,
@@ -214,28 +216,46 @@ def test_annealed_k(activation: str):
     assert found[2].sum() > 1.5 * 2 * 3 * B  # far more than k are active
 
 
-def given_run(activation: str) -> tuple[Case, Case, tuple[Frozen, ...], tuple, tuple]:
-    """A run on sources 1 and 2, an earlier one on 0 and 1 in other units, the latter for the step and the reference."""
-    ours = case(settings(activation), wire("1-2", 3, 0, 16), seed=3, extra=1)
-    theirs = case(settings("topk", features=23), wire("0-1", 3, 0, 16), seed=4)
-    # Inputs: our layers 1 and 2, and then layer 0; targets: theirs are 0, 1, 2 and ours 1, 2.
-    frozen = (Frozen(theirs.graph, (2, 0), ((1, 0), (2, 1))),)
-    held = (nnx.merge_state(theirs.state.parameters, theirs.state.constants),)
-    x = (ours.x[:, [2, 0]].astype(np.float64) - theirs.scales.in_mean) / theirs.scales.in_std[:, None]
-    in_ours = np.ones((3, 1))
-    in_ours[1:, 0] = theirs.scales.out_std[1:].astype(np.float64) / ours.scales.out_std
-    parameters = theirs.parameters | {
-        "W_dec": {"0": theirs.parameters["W_dec"]["0"] * in_ours, "1": theirs.parameters["W_dec"]["1"] * in_ours[1:]},
-        "b_dec": theirs.parameters["b_dec"] * in_ours,
-    }
-    return ours, theirs, frozen, held, (dense.Given(parameters, theirs.wiring, dense.Rule("topk", (3, 3), 3), x),)
+CUT = (0.9, 0.7)  # of a given run that ranks by h |W_dec|
+GIVEN_SLOTS = 8  # of a given run while another one is trained: more than it was trained with, fewer than are active
 
 
-@pytest.mark.parametrize("activation", ["topk", "jumprelu"])
-def test_given_runs(activation: str):
+def given_run(activation: str, theirs: Case) -> tuple[nnx.State, dense.Rule]:
+    """An earlier run's arrays, with thresholds from its own calibration, and its rule for the reference."""
+    ranked = activation in RANKED_BY_NORM
+    tau = np.array(CUT, np.float32)[: len(theirs.wiring.sources)] if ranked else None
+    constants = theirs.state.constants
+    if tau is not None:
+        constants = jax.tree_util.tree_map_with_path(lambda path, leaf: tau if "cut" in str(path) else leaf, constants)
+    slots = 3 if activation == "topk" else GIVEN_SLOTS
+    held = nnx.merge_state(theirs.state.parameters, constants)
+    return held, dense.Rule(activation, (3,) * len(theirs.wiring.sources), slots, tau=tau)
+
+
+@pytest.mark.parametrize(
+    "activation, earlier",
+    [
+        ("topk", "topk"),
+        ("relu", "topk_joint"),
+        ("jumprelu", "batchtopk"),
+        ("batchtopk", "jumprelu"),
+        ("topk", "relu"),
+    ],
+)
+def test_given_runs(activation: str, earlier: str):
     """What an earlier run predicts is left aside, though its units differ and it reads a layer that ours does not."""
-    ours, _, frozen, held, given = given_run(activation)
-    equals_dense(ours, gradients_of(ours, frozen, held), given)
+    ours = case(settings(activation), wire("1-2", 3, 0, 16), seed=3, extra=1)
+    theirs = case(settings(earlier, features=23, model={"slots": 5}), wire("0-1", 3, 0, 16), seed=4)
+    # Inputs: our layers 1 and 2, and then layer 0; targets: theirs are 0, 1, 2 and ours 1, 2.
+    frozen = Frozen(theirs.graph, (2, 0), ((1, 0), (2, 1)), None if earlier == "topk" else GIVEN_SLOTS)
+    held, rule = given_run(earlier, theirs)
+    x = (ours.x[:, [2, 0]].astype(np.float64) - theirs.scales.in_mean) / theirs.scales.in_std[:, None]
+    units = np.append(1, theirs.scales.out_std[1:].astype(np.float64) / ours.scales.out_std)
+    given = dense.Given(theirs.parameters, theirs.wiring, rule, x, units)
+    equals_dense(ours, gradients_of(ours, (frozen,), (held,)), (given,))
+    if earlier != "topk":  # with all that are above the thresholds it would be another sum
+        codes = dense.encode(dense.as_float64(theirs.parameters), x, rule._replace(slots=23), theirs.wiring).codes
+        assert (codes > 0).sum(-1).max() > GIVEN_SLOTS
 
 
 @pytest.mark.parametrize("activation", ["topk", "jumprelu"])
@@ -269,6 +289,18 @@ def test_one_step(activation: str):
     found = nnx.to_pure_dict(after.parameters)
     assert ("log_threshold" in found) == (activation == "jumprelu")
     close(found, jax.tree_util.tree_map_with_path(adamw, of.parameters, clipped))
+
+
+@pytest.mark.parametrize("steps, anneal, k_start", [(32, 0.2, 8.0), (20, 0.5, 3.0), (7, 0.05, 4.0), (9, 1.0, 1.5)])
+def test_there_is_room_for_all_features_while_k_comes_down(steps: int, anneal: float, k_start: float):
+    """Also where the span is no whole number of steps; and no step has more room than it needs."""
+    model, sparsity = ModelConfig(features=1009, k=64), SparsityConfig(k_start=k_start, anneal=anneal)
+    config = TrainConfig("0", steps=steps, model=model, sparsity=sparsity)
+    asked = [dense.k_at(step, config, 1)[0] for step in range(steps)]
+    room = [slots_of(model, k_start if step < annealed_steps(config) else 1.0) for step in range(steps)]
+    assert all(k <= slots for k, slots in zip(asked, room, strict=True))
+    assert [slots > 64 for slots in room] == [k > 64 for k in asked]
+    assert annealed_steps(replace(config, sparsity=SparsityConfig(k_start=1.0))) == 0
 
 
 def test_schedule():

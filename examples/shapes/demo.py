@@ -17,8 +17,8 @@ STEPS = (
         "python capture/run.py --model examples/shapes/model --generate 24 --out demo/activations",
     ),
     (
-        "Train: a cross-layer transcoder of all layers; each reads its own MLP's input and predicts this and later MLPs",
-        "python train.py --config configs/demo_joint.py --steps 600 --store demo/activations --out demo/runs/all",
+        "Train: a cross-layer transcoder; every layer's features predict what its own MLP and all later ones write",
+        "python train.py --config configs/demo_joint.py --steps 1200 --store demo/activations --out demo/runs/all",
     ),
     (
         "Evaluate: on images that neither the VLM nor the transcoder was trained on, beside ridge regression",
@@ -29,7 +29,7 @@ STEPS = (
         "cltjax export demo/runs/all --out demo/clt",
     ),
     (
-        "Replace: the VLM answers with all of its MLPs replaced by the transcoder; beside it the original and two ablations",
+        "Replace: the VLM answers with all of its MLPs replaced; beside it the original and two ablations",
         "python evaluate.py --clt demo/clt --model examples/shapes/model --store demo/activations --max-samples 300",
     ),
 )
