@@ -135,6 +135,10 @@ class CLT:
         """W_enc of the features at `indices` [n]: [n, D] float32."""
         return self._encoders[source]["W_enc"][indices].float()
 
+    def encoder_bias(self, source: int, indices: Tensor) -> Tensor:
+        """b_enc of the features at `indices` [n]: [n] float32."""
+        return self._encoders[source]["b_enc"][indices]
+
 
 def largest(rank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of the last axis, descending [..., k]; of equal ones the lowest index, unlike torch.topk."""

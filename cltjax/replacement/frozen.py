@@ -190,8 +190,8 @@ def written(vlm: VLM, write: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def entered(vlm: VLM, enter: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within it the first layer starts from enter(own), own [B, P, D] being the embeddings of words and images."""
+def entered(vlm: VLM, enter: Callable[[Tensor], Tensor], layer: int = 0) -> Iterator[None]:
+    """Within it a layer starts from enter(own), own [B, P, D]: to the first, the embeddings of words and images."""
 
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         own = hidden_states_in(args, kwargs)
@@ -201,7 +201,7 @@ def entered(vlm: VLM, enter: Callable[[Tensor], Tensor]) -> Iterator[None]:
             name: new if one is own else one for name, one in kwargs.items()
         }
 
-    handle = vlm.layers[0].register_forward_pre_hook(hook, with_kwargs=True)
+    handle = vlm.layers[layer].register_forward_pre_hook(hook, with_kwargs=True)
     try:
         yield
     finally:
