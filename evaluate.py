@@ -2,6 +2,7 @@
 
 python evaluate.py --clt runs/L0 --store activations [--best] [--ridge]
 python evaluate.py --clt clt --model examples/shapes/model [--dataset shapes] [--per-layer]     (--model M --help)
+python evaluate.py --clt clt --model examples/shapes/model --graphs 100     attribution graphs     (--graphs N --help)
 """
 
 import os
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 
 from cltjax.command import run
 from cltjax.config import EvaluateConfig
-from cltjax.replacement.config import FidelityConfig
+from cltjax.replacement.config import FidelityConfig, GraphsConfig
 
 
 def reconstruct(config: EvaluateConfig) -> None:
@@ -28,9 +29,21 @@ def replace(config: FidelityConfig) -> None:
     evaluate_fidelity(config)
 
 
+def attribute(config: GraphsConfig) -> None:
+    """Measure attribution graphs on held-out samples of a data set: scores, and whether what they say comes true."""
+    from cltjax.replacement.validation import validate
+
+    validate(config)
+
+
 def main(args: Sequence[str]) -> None:
-    if any(arg == "--model" or arg.startswith("--model=") for arg in args):
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in capture/run.py
+    def has(option: str) -> bool:
+        return any(arg == option or arg.startswith(f"{option}=") for arg in args)
+
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in capture/run.py
+    if has("--graphs"):
+        run(GraphsConfig, attribute, args)
+    elif has("--model"):
         run(FidelityConfig, replace, args)
     else:
         run(EvaluateConfig, reconstruct, args)

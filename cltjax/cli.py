@@ -215,6 +215,103 @@ class Neurons:
     """The JSON file to write; by default CLT_DIR/neurons-<dataset>.json."""
 
 
+@dataclass(frozen=True)
+class Graph:
+    """Explain an answer: the attribution graph from image patches and words through features to the next token, as
+    files and as a page that opens from disk."""
+
+    prompt: str
+    """The question."""
+    clt: Path = Path("clt")
+    """The CLT directory."""
+    model: str = "examples/shapes/model"
+    """A Hugging Face model id, or a folder that holds a model: the one that the CLT was trained on."""
+    image: Path | None = None
+    """The image."""
+    out: Path = Path("graph")
+    """The folder to write: index.html, graph.json, graph.safetensors, about.json."""
+    said: str = ""
+    """What the answer begins with: the token behind it is explained."""
+    target: str = ""
+    """What is explained: next tokens (`red`, or `red,blue`), a contrast (`red - blue`), or features
+    (LAYER:FEATURE@POSITION). By default the likeliest next tokens, to .95 of the probability, at most ten."""
+    max_nodes: int | None = None
+    """Most features in the graph, chosen by influence as it grows; by default all that are active."""
+    node_threshold: float = 0.8
+    """Show the nodes that have this share of all influence."""
+    edge_threshold: float = 0.98
+    """Show the edges that carry this share of the influence between them."""
+    memory: float = 2.0
+    """GB for gradients, decoder vectors and edges at a time."""
+    store: Path | None = None
+    """An activation store: the page then shows where else its features are active."""
+    examples: int = 4
+    """Most samples to show of each feature."""
+    labels: Path | None = None
+    """A JSON file of names: {"3:17": "red"}, or {"3:17": {"label": "red", "score": 0.9}}."""
+    supernodes: Path | None = None
+    """A JSON file of groups of nodes: [[name, node id, node id, ...], ...]."""
+    propose_supernodes: bool = False
+    """Group features that are active together and write alike."""
+    group_patches: bool = False
+    """Show all image patches as one node, which can be opened."""
+    pixels: bool = False
+    """Add heat maps of the logits over pixels: gradient x input through the vision tower, which is no exact account."""
+    title: str = ""
+    """Of the page; by default the prompt."""
+    template: str = "chat"
+    """`chat` (the model's own template), `llava-1.5`, or text with {image} and {prompt} (backslash n is a newline)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs."""
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """What the model computes in; auto is float32 on a CPU and bfloat16 on a GPU."""
+    other_revision: bool = False
+    """Take a CLT that was trained on another revision of the model."""
+
+
+@dataclass(frozen=True)
+class View:
+    """Serve a folder of graphs to browsers on this machine."""
+
+    folder: tyro.conf.Positional[Path] = Path("graph")
+    """A graph's folder, or one that holds several."""
+    port: int = 8317
+    """The port on 127.0.0.1; 0 is any free one."""
+
+
+@dataclass(frozen=True)
+class Dashboard:
+    """Write feature dashboards as one searchable page: examples with image patches, histograms, promoted tokens."""
+
+    features: str
+    """LAYER:FEATURE of each, with commas between them (3:17,3:1234), or top:200: the 200 strongest, by activation x
+    decoder norm."""
+    clt: Path = Path("clt")
+    """The CLT directory."""
+    store: Path = Path("activations")
+    """The activation store that examples come from: of the model that the CLT was trained on."""
+    out: Path = Path("dashboard")
+    """The folder to write: index.html and dashboard.json."""
+    model: str | None = None
+    """A Hugging Face model id, or a folder that holds a model; by default the one that the CLT names."""
+    labels: Path | None = None
+    """A JSON file of names: {"3:17": "red"}, or {"3:17": {"label": "red", "score": 0.9}}."""
+    image_dir: Path | None = None
+    """Where images are looked for that are no longer where the store says."""
+    examples: int = 8
+    """Most samples to show of each kind: strongest, random."""
+    max_rows: int | None = None
+    """Look at no more than this many tokens: those of some samples, chosen at random. By default at all of them."""
+    split: Split = "test"
+    """The samples to look at. Only `test` is held out."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the CLT runs."""
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """What the model is loaded as."""
+    other_revision: bool = False
+    """Take a CLT that was trained on another revision of the model."""
+
+
 Command = (
     Annotated[Info, tyro.conf.subcommand("info")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
@@ -224,6 +321,9 @@ Command = (
     | Annotated[Import, tyro.conf.subcommand("import")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Neurons, tyro.conf.subcommand("neurons")]
+    | Annotated[Graph, tyro.conf.subcommand("graph")]
+    | Annotated[View, tyro.conf.subcommand("view")]
+    | Annotated[Dashboard, tyro.conf.subcommand("dashboard")]
     | Annotated[Push, tyro.conf.subcommand("push")]
     | Annotated[Pull, tyro.conf.subcommand("pull")]
 )
@@ -393,6 +493,18 @@ def execute(command: Command) -> None:
             from cltjax.replacement.neurons import find_neurons
 
             find_neurons(**vars(command))
+        case Graph():
+            from cltjax.replacement.explain import explain
+
+            explain(**vars(command))
+        case View():
+            from cltjax.replacement.viewer.page import serve
+
+            serve(command.folder, command.port)
+        case Dashboard():
+            from cltjax.replacement.dashboard import write_dashboard
+
+            write_dashboard(**vars(command))
         case Push():
             from cltjax.hub import push
 

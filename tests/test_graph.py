@@ -8,7 +8,19 @@ import pytest
 from scipy.sparse import csr_array
 
 from cltjax.errors import UserError
-from cltjax.replacement.graph import EMBEDDING, ERROR, FEATURE, LOGIT, Graph, Nodes, load_graph, prune, save_graph
+from cltjax.replacement.graph import (
+    EMBEDDING,
+    ERROR,
+    FEATURE,
+    LOGIT,
+    Graph,
+    Nodes,
+    influence_of,
+    load_graph,
+    prune,
+    save_graph,
+    share_through,
+)
 
 LAYERS, POSITIONS = 3, 5
 
@@ -97,7 +109,7 @@ def test_pruning(seed: int, shares: tuple[float, float]) -> None:
         getattr(graph.nodes, name)[kept].tolist() for name in ("kind", "layer", "position", "number")
     ]
     np.testing.assert_array_equal(pruned.graph.edges.toarray(), (left * edge_mask)[np.ix_(kept, kept)])
-    np.testing.assert_allclose(pruned.influence, found[kept], rtol=1e-5)
+    np.testing.assert_allclose(pruned.share, found[kept] / found.sum(), rtol=1e-5)
     order = np.argsort(-found, kind="stable")
     cumulative = np.empty(len(found))
     cumulative[order] = np.cumsum(found[order]) / found.sum()
@@ -138,3 +150,33 @@ def test_shares_are_shares() -> None:
     for shares in ((1.1, 0.5), (0.5, -0.1)):
         with pytest.raises(UserError, match="must be from 0 to 1"):
             prune(random_graph(), *shares)
+
+
+def test_influence_of_single_nodes() -> None:
+    graph = random_graph()
+    matrix, _ = circuit_tracers(graph)
+    every = np.linalg.inv(np.eye(len(graph)) - matrix) - np.eye(len(graph))
+    chosen = np.array([0, 5, 20, 30])
+    np.testing.assert_allclose(influence_of(graph.shares(), chosen, graph.nodes.layer), every[:, chosen], atol=1e-6)
+
+
+def test_the_share_that_passes_through() -> None:
+    """Every path from an embedding to a logit, one by one."""
+    graph = random_graph()
+    matrix, _ = circuit_tracers(graph)
+    features, words = set(graph.of(FEATURE).tolist()), set(graph.of(EMBEDDING).tolist())
+    some = {2, 7, 11}
+
+    def paths(node: int, weight: float, through: bool) -> tuple[float, float]:
+        if node in words:
+            return weight, weight * through
+        found = [0.0, 0.0]
+        for source in np.flatnonzero(matrix[node] if node in features or graph.weights[node] else []).tolist():
+            for i, one in enumerate(paths(source, weight * matrix[node, source], through or node in some)):
+                found[i] += one
+        return found[0], found[1]
+
+    whole, part = np.sum([paths(int(node), float(graph.weights[node]), False) for node in graph.of(LOGIT)], axis=0)
+    assert share_through(graph, np.array(sorted(some))) == pytest.approx(part / whole, rel=1e-5)
+    assert 0.05 < part / whole < 0.95
+    assert share_through(graph, np.array([], int)) == 0

@@ -47,3 +47,46 @@ class FidelityConfig:
     """Take a CLT that was trained on another revision of the model."""
     out: Path | None = None
     """The JSON file to write, the plot goes beside it; by default CLT_DIR/fidelity-<dataset>.json."""
+
+
+@dataclass(frozen=True)
+class GraphsConfig:
+    """Measure attribution graphs on held-out samples: scores, and whether what they say comes true when features and
+    patches are taken out of the original model."""
+
+    clt: Path
+    """CLT directory of cltjax export."""
+    model: str
+    """The Hugging Face model id or folder of the VLM that the CLT was trained on."""
+    graphs: int = 100
+    """How many prompts, of the first samples of the split."""
+    dataset: str = "shapes"
+    """`shapes` (bundled), or a JSON(-lines) file: AMBER, POPE, or rows with image and query|question|prompt|text."""
+    image_dir: Path | None = None
+    """The folder that image names start from; the query file's own folder if not given."""
+    template: str = "chat"
+    """`chat` (the model's own template), `llava-1.5`, or text with {image} and {prompt} (backslash n is a newline)."""
+    cuts: int = 24
+    """Features to take out of each prompt, one at a time; chosen at random among those that pruning keeps."""
+    max_nodes: int | None = None
+    """Most features of a graph; by default all that are active."""
+    memory: float = 2.0
+    """GB for gradients and decoder vectors at a time."""
+    labels: Path | None = None
+    """A JSON file of names of features, for --through."""
+    through: str = ""
+    """Also say what share of the influence passes through features whose name begins like this."""
+    split: Split = "test"
+    """The samples to measure on. Only `test` is held out."""
+    seed: int = 0
+    """Of the choice of features and patches, and of the bootstrap."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs."""
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """What the model computes in; auto is float32 on a CPU and bfloat16 on a GPU."""
+    skip_bad: bool = False
+    """Leave out rows whose image is missing or broken or whose prompt is empty."""
+    other_revision: bool = False
+    """Take a CLT that was trained on another revision of the model."""
+    out: Path | None = None
+    """The JSON file to write; by default CLT_DIR/graphs-<dataset>.json."""

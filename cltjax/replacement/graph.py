@@ -73,11 +73,14 @@ class Graph:
         """Indices of the nodes of a kind."""
         return np.flatnonzero(self.nodes.kind == kind)
 
+    def inputs(self) -> np.ndarray:
+        """[N] the sum of each node's absolute in-edges, those from features that are not in the graph included."""
+        return abs(self.edges).sum(1) + self.rest
+
     def shares(self) -> csr_array:
         """A_hat."""
-        absolute = abs(self.edges)
-        sums = absolute.sum(1) + self.rest
-        return csr_array(absolute.multiply((1 / np.where(sums > 0, sums, 1.0))[:, None]))
+        sums = self.inputs()
+        return csr_array(abs(self.edges).multiply((1 / np.where(sums > 0, sums, 1.0))[:, None]))
 
     def influence(self) -> np.ndarray:
         """[N] of each node on what the graph explains."""
@@ -99,7 +102,7 @@ class Graph:
         }
 
     def _share_left_out(self) -> np.ndarray:
-        sums = abs(self.edges).sum(1) + self.rest
+        sums = self.inputs()
         return self.rest / np.where(sums > 0, sums, 1.0)
 
     def kept(self, nodes: np.ndarray, edges: csr_array | None = None) -> Self:
@@ -136,13 +139,35 @@ def influence(shares: csr_array, weights: np.ndarray, layer: np.ndarray) -> np.n
     return found
 
 
+def influence_of(shares: csr_array, sources: np.ndarray, layer: np.ndarray) -> np.ndarray:
+    """[N, n] of n nodes on all others: columns of A + A^2 + ... of A_hat [N, N]."""
+    places = np.arange(len(sources))
+    found = np.zeros((len(layer), len(sources)))
+    found[sources, places] = 1.0
+    filled = np.diff(shares.indptr) > 0
+    for one in np.unique(layer[filled]):
+        rows = np.flatnonzero(filled & (layer == one))
+        found[rows] += shares[rows] @ found
+    found[sources, places] -= 1.0
+    return found
+
+
+def share_through(graph: Graph, nodes: np.ndarray) -> float:
+    """Of the influence that embeddings have on what is explained, the share that passes through these nodes [n]."""
+    shares, words = graph.shares(), graph.of(EMBEDDING)
+    past = csr_array(shares.multiply(~np.isin(np.arange(len(graph)), nodes)[:, None]))
+    whole, rest = (influence(one, graph.weights, graph.nodes.layer)[words].sum() for one in (shares, past))
+    return float(1 - rest / whole) if whole > 0 else 0.0
+
+
 class Pruned(NamedTuple):
-    """graph: what is left. influence, cumulative [n] of its nodes, in the graph that it was: their own influence, and
-    the share of all that they and those with more have together."""
+    """graph: what is left. Of its nodes in the graph that it was, [n] each: share, cumulative, of all nodes' influence
+    their own share, and that of them and those with more together; inputs, the sum of their absolute in-edges."""
 
     graph: Graph
-    influence: np.ndarray
+    share: np.ndarray
     cumulative: np.ndarray
+    inputs: np.ndarray
 
 
 def prune(graph: Graph, node_share: float = 0.8, edge_share: float = 0.98) -> Pruned:
@@ -159,9 +184,10 @@ def prune(graph: Graph, node_share: float = 0.8, edge_share: float = 0.98) -> Pr
     kind = graph.nodes.kind
     always = (kind == EMBEDDING) | (kind == LOGIT) | (graph.weights > 0)
     keep = (found >= _least(found, node_share)) | always
+    share = found / max(found.sum(), 1e-30)
     order = np.argsort(-found, kind="stable")
     cumulative = np.empty_like(found)
-    cumulative[order] = np.cumsum(found[order]) / max(found.sum(), 1e-30)
+    cumulative[order] = np.cumsum(share[order])
     mask = csr_array(graph.edges.multiply(keep[:, None]).multiply(keep[None, :]))
     left = replace(graph, edges=mask, rest=np.zeros_like(graph.rest))  # circuit-tracer's: shares of what is kept
     shares = left.shares()
@@ -181,7 +207,7 @@ def prune(graph: Graph, node_share: float = 0.8, edge_share: float = 0.98) -> Pr
         edges = csr_array(edges.multiply(keep[:, None]).multiply(keep[None, :]))
     edges.eliminate_zeros()
     nodes = np.flatnonzero(keep)
-    return Pruned(graph.kept(nodes, edges), found[nodes], cumulative[nodes])
+    return Pruned(graph.kept(nodes, edges), share[nodes], cumulative[nodes], graph.inputs()[nodes])
 
 
 def _least(values: np.ndarray, share: float) -> float:

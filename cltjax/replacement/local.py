@@ -72,7 +72,8 @@ class Local:
 
     features: of each source [P, K], values 0 where there is none. errors: [P, D] by layer, what the MLP writes less
     what the CLT says; of a layer that it does not cover all of it. constant: what enters where embeddings, features and
-    errors are none: `b_dec`, and all that is written at positions that are constant (see the module).
+    errors are none: `b_dec`, and all that is written at positions that are constant, the first constant_positions (see
+    the module).
     """
 
     vlm: VLM
@@ -83,6 +84,7 @@ class Local:
     constant: Entering
     features: dict[int, Features]
     errors: list[Tensor]
+    constant_positions: int
 
     @property
     def length(self) -> int:
@@ -178,23 +180,23 @@ def linearise(vlm: VLM, clt: CLT, encoded: Encoded, other_revision: bool = False
         if layer in clt.targets:
             base += clt.b_dec[layer].to(base.device)
             error -= clt.decode(layer, features).to(error.device)
-        base[first], error[first] = write[first], 0.0
+        base[:first], error[:first] = write[:first], 0.0
         errors.append(error)
         constant.append(base)
     nothing = [torch.zeros_like(one) for one in entering.embedded.values()]
-    return Local(vlm, clt, batch, frozen, entering, entering.like([*nothing, *constant]), features, errors)
+    return Local(vlm, clt, batch, frozen, entering, entering.like([*nothing, *constant]), features, errors, first)
 
 
-def _constant(vlm: VLM, frozen: Frozen) -> slice:
-    """The positions that say nothing about the prompt: the first, or none."""
+def _constant(vlm: VLM, frozen: Frozen) -> int:
+    """How many of the first positions say nothing about the prompt: one, or none."""
     sees_more = any(bool(pattern[0, :, 0, 1:].any()) for pattern in frozen.patterns.values())
-    return slice(0, 0 if sees_more or vlm.modality(frozen.ids[0, :1].cpu())[0] == IMAGE else 1)
+    return 0 if sees_more or vlm.modality(frozen.ids[0, :1].cpu())[0] == IMAGE else 1
 
 
-def _without(found: Features, positions: slice) -> Features:
-    """Features [P, K] with none at some positions."""
+def _without(found: Features, first: int) -> Features:
+    """Features [P, K] with none at the first positions."""
     values = found.values.clone()
-    values[positions] = 0.0
+    values[:first] = 0.0
     return Features(values, found.indices)
 
 

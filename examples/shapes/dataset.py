@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from PIL import Image
 
 from cltjax.splits import Split
-from examples.shapes.questions import KINDS, ask
-from examples.shapes.scenes import random_scene, render
+from examples.shapes.questions import KINDS, Question, ask
+from examples.shapes.scenes import Scene, random_scene, render
 
 # Two descriptions to every question of another kind (they are what is generated at length); `fact` needs no picture.
 _SHARE = {"describe": 2.0, "fact": 0.5}
@@ -26,8 +26,8 @@ class ShapesSample:
     kind: str
 
 
-def sample(index: int, seed: int = 0) -> ShapesSample:
-    """Sample `index` of the stream `seed`; depends on nothing else.
+def draw(index: int, seed: int = 0) -> tuple[Scene, Question, random.Random]:
+    """What sample `index` of the stream `seed` shows and asks, and the generator that its picture is rendered with.
 
     The kind is drawn first and then scenes until one can be asked it, so that kinds that do not fit every scene
     (`relation`, `next`, `same`) are not rarer than the others. Scenes are of all splits, and `use` is asked about
@@ -35,10 +35,16 @@ def sample(index: int, seed: int = 0) -> ShapesSample:
     """
     rng = random.Random(f"shapes {seed} {index}")
     kind = rng.choices(KINDS, _WEIGHTS)[0]
-    question = None
-    while question is None:
+    while True:
         scene = random_scene(rng)
         question = ask(scene, kind, rng)
+        if question is not None:
+            return scene, question, rng
+
+
+def sample(index: int, seed: int = 0) -> ShapesSample:
+    """Sample `index` of the stream `seed`; depends on nothing else."""
+    scene, question, rng = draw(index, seed)
     return ShapesSample(
         id=f"shapes-{index:06d}",
         image=render(scene, rng),
@@ -46,7 +52,7 @@ def sample(index: int, seed: int = 0) -> ShapesSample:
         split=scene.split,
         prompt=question.text,
         answer=question.answer,
-        kind=kind,
+        kind=question.kind,
     )
 
 

@@ -1,4 +1,4 @@
-"""`make demo`: the whole pipeline on the bundled VLM, in about three minutes on two cores.
+"""`make demo`: the whole pipeline on the bundled VLM, in about five minutes on two cores.
 
 Every step is a command that you can type yourself; it is shown before it runs, with its time after it.
 """
@@ -32,11 +32,23 @@ STEPS = (
         "Replace: the VLM answers with all of its MLPs replaced; beside it the original and two ablations",
         "python evaluate.py --clt demo/clt --model examples/shapes/model --store demo/activations --max-samples 300",
     ),
+    (
+        "Name: features by what the pictures show and the questions ask",
+        "python examples/shapes/labels.py --clt demo/clt --store demo/activations --out demo/labels.json",
+    ),
+    (
+        "Explain: one answer about a held-out image, from its patches and words through features",
+        "cltjax graph --clt demo/clt --image demo/activations/images/shapes-000016.png "
+        "--prompt 'What is the triangle used for?' --store demo/activations --labels demo/labels.json "
+        "--out demo/graphs/triangle",
+    ),
 )
 NEXT = """
 What to try next, after `source .venv/bin/activate`
   python train.py --layer 0 --config configs/demo.py --store demo/activations --out demo/runs/L0      one source layer
   python train.py --config configs/demo_joint.py --model.k 4 --store demo/activations --out demo/runs/k4
+  cltjax graph --clt demo/clt --image demo/activations/images/shapes-000038.png --out demo/graphs/right \\
+      --prompt "What color is just right of the red thing?" && cltjax view demo/graphs
   python capture/run.py --model YOUR_MODEL --dataset YOUR_QUESTIONS.json --image-dir YOUR_IMAGES --out activations
 """
 
@@ -54,6 +66,7 @@ def main() -> None:
     print("\nPlots")
     for plot in sorted((ROOT / "demo/runs/all/plots").glob("*.png")):
         print(f"  {plot.relative_to(ROOT)}")
+    print("\nThe page, which opens from disk\n  demo/graphs/triangle/index.html")
     print(NEXT)
     print(f"make demo took {time.monotonic() - started:.0f} s after the install.")
 
