@@ -241,12 +241,16 @@ class Graph:
     """Show the nodes that have this share of all influence."""
     edge_threshold: float = 0.98
     """Show the edges that carry this share of the influence between them."""
-    memory: float = 2.0
+    memory: float = 4.0
     """GB for gradients, decoder vectors and edges at a time."""
     store: Path | None = None
     """An activation store: the page then shows where else its features are active."""
+    image_dir: Path | None = None
+    """Where images of the store are looked for that are no longer where it says."""
     examples: int = 4
     """Most samples to show of each feature."""
+    max_rows: int | None = None
+    """Look at no more than this many tokens of the store, those of some samples; by default all of the test split."""
     labels: Path | None = None
     """A JSON file of names: {"3:17": "red"}, or {"3:17": {"label": "red", "score": 0.9}}."""
     supernodes: Path | None = None
@@ -263,8 +267,10 @@ class Graph:
     """`chat` (the model's own template), `llava-1.5`, or text with {image} and {prompt} (backslash n is a newline)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs."""
-    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """What the model computes in; auto is float32 on a CPU and bfloat16 on a GPU."""
+    compute_dtype: Literal["bfloat16", "float16", "float32"] = "float32"
+    """What the model computes in. Edges add up in float32; in half the memory they are a few per cent off."""
+    lazy: bool = False
+    """Leave the CLT's decoders in their files and read the rows of active features, for CLTs larger than memory."""
     other_revision: bool = False
     """Take a CLT that was trained on another revision of the model."""
 

@@ -94,11 +94,8 @@ def test_edges_add_up(name: str, images: bool, tmp_path: Path) -> None:
     features, logits = graph.of(FEATURE), graph.of(LOGIT)
     assert len(features) > 20 and set(rows) == {*features, *logits}
     np.testing.assert_allclose(graph.total[features], graph.nodes.value[features], rtol=1e-3, atol=1e-4)
-    expected = (own - own.mean())[[3, 7, 11]]
-    bias = getattr(head, "bias", None)
-    if bias is not None:
-        expected = expected - (bias - bias.mean())[[3, 7, 11]]
-    np.testing.assert_allclose(graph.total[logits], expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(graph.total[logits], (own - own.mean())[[3, 7, 11]], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(graph.weights[logits], local.logits.softmax(-1)[[3, 7, 11]], rtol=1e-4)
     patches = graph.of(EMBEDDING)[graph.nodes.number[graph.of(EMBEDDING)] == IMAGE_ID]
     assert (len(patches) > 0) == images
     if images:
@@ -155,7 +152,10 @@ def test_memory_does_not_change_a_graph(at_once: int, tmp_path: Path, monkeypatc
     targets = likeliest(local)
     whole = attribute(local, targets)
     monkeypatch.setattr("cltjax.replacement.attribution.MOST_ROWS", at_once)
-    monkeypatch.setattr("cltjax.replacement.attribution.Backward._blocks", lambda *_: iter([slice(0, 5), slice(5, 99)]))
+    monkeypatch.setattr(
+        "cltjax.replacement.attribution.Backward._blocks",
+        lambda *given: iter([slice(0, min(5, given[-1])), slice(min(5, given[-1]), given[-1])]),
+    )
     parts = attribute(local, targets)
     np.testing.assert_allclose(parts.edges.toarray(), whole.edges.toarray(), atol=1e-5)
     assert all((one == other).all() for one, other in zip(parts.nodes, whole.nodes, strict=True))
@@ -203,7 +203,8 @@ def test_little_memory_for_edges_keeps_the_largest(tmp_path: Path) -> None:
     targets = tokens(local, [5])
     whole = attribute(local, targets)
     n = len(whole.of(FEATURE))
-    few = attribute(local, targets, memory=8 * 9.5 * (n + 1) / 1e9)  # nine a row
+    others = len(whole) - n - 1  # errors and embeddings keep theirs
+    few = attribute(local, targets, memory=8 * (others + 9.5) * (n + 1) / 1e9)  # nine a row
     counts = np.diff(few.edges[:, :n].tocsr().indptr)
     assert counts.max() == 9
     sums = abs(whole.edges).sum(1)
@@ -226,6 +227,14 @@ def test_what_is_explained(tmp_path: Path) -> None:
     inner = attribute(local, of_features(local, [name]), max_nodes=3)  # type: ignore[list-item]
     assert len(inner.of(LOGIT)) == 0 and inner.weights[inner.of(FEATURE)].sum() == 1
     assert inner.influence().sum() > 0
+    twice = attribute(local, of_features(local, [name, name]), max_nodes=3)  # type: ignore[list-item]
+    assert twice.weights.sum() == 1
+    assert len(tokens(local, [5, 9, 5]).ids) == 2
+    others = both.of(FEATURE)[-3:]
+    names = [tuple(int(getattr(both.nodes, part)[i]) for part in ("layer", "position", "number")) for i in others]
+    assert attribute(local, of_features(local, names), max_nodes=1).weights.sum() == pytest.approx(1)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="less itself"):
+        contrast(local, 5, 5)
     with pytest.raises(UserError, match="not active"):
         attribute(local, of_features(local, [(0, 1, 10**6)]))
     with pytest.raises(UserError, match="no token 61"):
@@ -234,6 +243,23 @@ def test_what_is_explained(tmp_path: Path) -> None:
         attribute(local, likeliest(local), max_nodes=0)
     with pytest.raises(UserError, match=r"--memory 0\.0"):
         attribute(local, likeliest(local), memory=0.0)
+
+
+def test_the_likeliest_tokens(tmp_path: Path) -> None:
+    local = local_of("llava", tmp_path)
+    chances = local.logits.double().softmax(-1).sort(descending=True)
+    for mass, most in ((0.95, 10), (0.3, 10), (0.5, 3), (0.0, 10)):
+        n = next(n for n in range(1, 99) if n == most or chances.values[:n].sum() >= mass)
+        assert likeliest(local, mass, most).ids == tuple(chances.indices[:n].tolist())
+
+
+def test_one_token(tmp_path: Path) -> None:
+    vlm = family_vlm("llava")
+    local = linearise(vlm, random_clt(tmp_path / "clt", vlm), {"input_ids": torch.tensor([[7]])})
+    graph = attribute(local, likeliest(local))
+    assert len(graph.of(FEATURE)) == 0 and len(graph.of(LOGIT)) == 10  # it is constant
+    sums = graph.edges.sum(1) + graph.bias
+    np.testing.assert_allclose(sums[graph.of(LOGIT)], graph.total[graph.of(LOGIT)], rtol=1e-4, atol=1e-4)
 
 
 def test_a_threshold_clt_of_another_model_is_refused(tmp_path: Path) -> None:

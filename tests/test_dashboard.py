@@ -243,6 +243,10 @@ def test_wrong_options_are_named(made: Path, tmp_path: Path) -> None:
     fails("--max-rows 0: must be at least 1", max_rows=0)
     fails("no activation store", store=tmp_path)
     fails("--labels .*: No such file", labels=tmp_path / "none.json")
-    for content, said in (("{", "not JSON"), ("[1]", "not of the form"), ('{"0:3": {"name": "x"}}', "not of the form")):
+    for content, said in (
+        ("{", "not JSON"),
+        ("[1]", "not of the form"),
+        ('{"0:3": {"name": "x"}}', "not of the form"),
+    ):
         (tmp_path / "labels.json").write_text(content)
         fails(said, labels=tmp_path / "labels.json")

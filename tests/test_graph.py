@@ -84,14 +84,14 @@ def threshold(scores: np.ndarray, share: float) -> float:
 
 
 @pytest.mark.parametrize("shares", [(0.8, 0.98), (0.5, 0.9), (1.0, 1.0), (0.3, 0.5)])
-@pytest.mark.parametrize("seed", range(3))
-def test_pruning(seed: int, shares: tuple[float, float]) -> None:
-    graph = random_graph(seed)
+@pytest.mark.parametrize(("seed", "rest"), [(0, False), (1, False), (2, True)])
+def test_pruning(seed: int, rest: bool, shares: tuple[float, float]) -> None:
+    graph = random_graph(seed, rest)
     _, found = circuit_tracers(graph)
     fixed = graph.nodes.kind >= EMBEDDING
     mask = (found >= threshold(found, shares[0])) | fixed
     left = graph.edges.toarray() * mask[:, None] * mask[None]
-    again, flow = circuit_tracers(dataclasses.replace(graph, edges=csr_array(left)))
+    again, flow = circuit_tracers(dataclasses.replace(graph, edges=csr_array(left), rest=np.zeros(len(graph))))
     carried = again * (flow + graph.weights)[:, None]
     edge_mask = (carried >= threshold(carried.flatten(), shares[1])) & (left != 0)
     while True:
@@ -110,6 +110,7 @@ def test_pruning(seed: int, shares: tuple[float, float]) -> None:
     ]
     np.testing.assert_array_equal(pruned.graph.edges.toarray(), (left * edge_mask)[np.ix_(kept, kept)])
     np.testing.assert_allclose(pruned.share, found[kept] / found.sum(), rtol=1e-5)
+    np.testing.assert_allclose(pruned.inputs, (np.abs(graph.edges.toarray()).sum(1) + graph.rest)[kept], rtol=1e-5)
     order = np.argsort(-found, kind="stable")
     cumulative = np.empty(len(found))
     cumulative[order] = np.cumsum(found[order]) / found.sum()

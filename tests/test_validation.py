@@ -12,12 +12,21 @@ from cltjax.clt_directory import Activation
 from cltjax.errors import UserError
 from cltjax.replacement.attribution import attribute
 from cltjax.replacement.config import GraphsConfig
-from cltjax.replacement.graph import EMBEDDING, FEATURE, influence_of
+from cltjax.replacement.graph import EMBEDDING, FEATURE, influence_of, prune
 from cltjax.replacement.interventions import Intervention
 from cltjax.replacement.model import SteeredModel
 from cltjax.replacement.perturbed import Cut, local_inputs, original_inputs
 from cltjax.replacement.targets import likeliest
-from cltjax.replacement.validation import by_depth, correlations, patch_drops, pre_activation_changes, validate
+from cltjax.replacement.validation import (
+    by_depth,
+    correlations,
+    kept_features,
+    measured,
+    patch_drops,
+    pre_activation_changes,
+    summary,
+    validate,
+)
 from test_attribution import local_of
 from test_replacement import random_clt
 
@@ -70,13 +79,15 @@ def test_correlations(tmp_path: Path) -> None:
     for power, expected in ((1, 1.0), (-1, -1.0)):
         with np.errstate(divide="ignore"):
             effects = np.where(influences > 0, influences ** float(power), 0) * size
-        found = correlations(graph, chosen, effects)
+        found = correlations(graph, chosen, effects, np.random.default_rng(0))
         assert found["spearman", "all"] == pytest.approx(expected, abs=1e-6)
+        assert found["of one source"] / found["sources"] == pytest.approx(expected, abs=1e-6)
+        assert abs(found["spearman", "permuted"]) < 0.9
     assert found["pairs", "all"] == (influences > 0).sum() == found["pairs", "direct"] + found["pairs", "multi-hop"]
     assert min(found["pairs", "direct"], found["pairs", "multi-hop"]) >= 10
     # effects that follow the edges alone are told apart
     direct = graph.shares()[features][:, chosen].toarray()
-    found = correlations(graph, chosen, direct * size)
+    found = correlations(graph, chosen, direct * size, np.random.default_rng(0))
     assert found["spearman", "direct"] > found["spearman", "multi-hop"] + 0.1
 
 
@@ -92,14 +103,49 @@ def test_depths() -> None:
         assert found["square", depth] == pytest.approx(square) == pytest.approx(found["error", depth])
 
 
+def test_what_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Effects are those in the original model, of features that pruning keeps; predictions the local model's."""
+    monkeypatch.setattr("cltjax.replacement.validation.AT_ONCE", 2)
+    local = local_of("llava", tmp_path, **JUMP)
+    graph = attribute(local, likeliest(local))
+    found = measured(local, graph, 5, np.random.default_rng(2))
+    pruned = prune(graph).graph
+    kept = [i for i in graph.of(FEATURE) if graph.ids()[i] in set(pruned.ids())]
+    assert kept_features(graph).tolist() == kept
+    rng = np.random.default_rng(2)
+    chosen = np.sort(rng.choice(kept, 5, replace=False))
+    values = zip(*(part[chosen].tolist() for part in (*graph.nodes[1:4], graph.nodes.value)), strict=True)
+    cuts = [Cut(*one) for one in values]
+    real, said = original_inputs(local, cuts), local_inputs(local, cuts)
+    expected = correlations(graph, chosen, pre_activation_changes(local, graph, real), rng)
+    assert all(found[key] == pytest.approx(value, rel=1e-3, abs=1e-4) for key, value in expected.items())
+    other = correlations(graph, chosen, pre_activation_changes(local, graph, said), np.random.default_rng(0))
+    assert abs(other["spearman", "all"] - expected["spearman", "all"]) > 1e-3
+    for key, value in by_depth(cuts, real, said).items():
+        assert found[key] == pytest.approx(value, rel=1e-3)
+    assert found["error", 1] != pytest.approx(by_depth(cuts, said, real)["error", 1] / 2, rel=1e-3)
+    assert found["square", 1] == pytest.approx(by_depth(cuts, real, said)["square", 1], rel=1e-3)
+
+
 def test_patches_are_taken_out(tmp_path: Path) -> None:
     local = local_of("llava", tmp_path)
     graph = attribute(local, likeliest(local))
-    found = patch_drops(local, graph, np.random.default_rng(0))
+
+    class Last:
+        """Draws the last ones."""
+
+        def choice(self, places: np.ndarray, n: int, replace: bool) -> np.ndarray:
+            return places[-n:]
+
+    found = patch_drops(local, graph, Last())  # type: ignore[arg-type]
     places = (local.batch["input_ids"][0] == local.vlm.image_id).nonzero()[:, 0].numpy()
     own = local.logits.log_softmax(-1)
     ranked = places[np.argsort(-graph.influence()[graph.of(EMBEDDING)][places], kind="stable")]
-    for key, some in ((("drop", "all"), places), (("drop", "ranked", 1 / 6), ranked[:3])):
+    for key, some in (
+        (("drop", "all"), places),
+        (("drop", "ranked", 1 / 6), ranked[:3]),
+        (("drop", "random", 1 / 6), places[-3:]),
+    ):
         entering = local.entering.like([one.clone() for one in local.entering.tensors()])
         entering.embedded[0][some] = entering.embedded[0][places].mean(0)
         encoded = dict(local.batch)
@@ -127,7 +173,9 @@ def test_validate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["counts"]["prompts"] == 3
     for figure in (*found["scores"].values(), found["through"]):
         assert 0 < figure["low"] <= figure["value"] <= figure["high"] < 1
-    assert set(found["spearman"]) == {"all", "direct", "multi-hop"} and set(found["perturbed"]) <= set("12345")
+    assert set(found["spearman"]) == {"all", "direct", "multi-hop", "permuted", "of one source"} and set(
+        found["perturbed"]
+    ) <= set("12345")
     assert all(-1 <= one["cosine"]["value"] <= 1 for one in found["perturbed"].values())
     assert "completeness" in capsys.readouterr().out
     clt, names = tmp_path / "clt", tmp_path / "names.json"
@@ -139,3 +187,19 @@ def test_validate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ):
         with pytest.raises(UserError, match=said):
             validate(refused)
+
+
+def test_intervals_are_over_images() -> None:
+    columns = [{"prompts": 1.0, "features": 3.0, "through": value} for value in (0.1, 0.5, 0.9, 0.2)]
+    for column in columns:
+        column |= {(kind, name): 1.0 for kind in ("score",) for name in ("replacement", "completeness")}  # type: ignore[misc]
+        column |= {
+            (kind, name): 1.0
+            for kind in ("spearman", "defined", "pairs")
+            for name in ("all", "direct", "multi-hop", "permuted")
+        }  # type: ignore[misc]
+        column |= {"of one source": 1.0, "sources": 1.0}
+    apart, together = (summary(columns, units, 0)["through"] for units in ("abcd", "aabb"))
+    assert apart["value"] == pytest.approx(0.425) and together["value"] == pytest.approx(0.425)
+    assert (together["low"], together["high"]) == (pytest.approx(0.3), pytest.approx(0.55))
+    assert apart["low"] < 0.3 and apart["high"] > 0.55

@@ -70,7 +70,7 @@ class GraphsConfig:
     """Features to take out of each prompt, one at a time; chosen at random among those that pruning keeps."""
     max_nodes: int | None = None
     """Most features of a graph; by default all that are active."""
-    memory: float = 2.0
+    memory: float = 4.0
     """GB for gradients and decoder vectors at a time."""
     labels: Path | None = None
     """A JSON file of names of features, for --through."""
@@ -82,11 +82,13 @@ class GraphsConfig:
     """Of the choice of features and patches, and of the bootstrap."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs."""
-    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """What the model computes in; auto is float32 on a CPU and bfloat16 on a GPU."""
+    compute_dtype: Literal["bfloat16", "float16", "float32"] = "float32"
+    """What the model computes in. Edges add up in float32; in half the memory they are a few per cent off."""
     skip_bad: bool = False
     """Leave out rows whose image is missing or broken or whose prompt is empty."""
     other_revision: bool = False
     """Take a CLT that was trained on another revision of the model."""
+    lazy: bool = False
+    """Leave the CLT's decoders in their files and read the rows of active features, for CLTs larger than memory."""
     out: Path | None = None
     """The JSON file to write; by default CLT_DIR/graphs-<dataset>.json."""

@@ -17,6 +17,7 @@ from cltjax.clt_directory import CLTDirectory
 from cltjax.errors import UserError
 from cltjax.files import write_whole
 from cltjax.replacement.clt import CLT
+from cltjax.replacement.labels import read_labels
 from cltjax.replacement.model import check_match
 from cltjax.replacement.neurons import parse_features
 from cltjax.replacement.panels import Held, hold, panels, spell, strongest
@@ -53,7 +54,7 @@ def write_dashboard(
     began = time.monotonic()
     directory = CLTDirectory.open(clt)
     wanted = top_of(features) or parse_features(features, directory)
-    names = {} if labels is None else read_labels(labels)
+    names = read_labels(labels)
     opened = ActivationStore.open(store)
     vlm = load(model or str(directory.description.model["id"]), compute_dtype, device)
     loaded = CLT.from_pretrained(clt, vlm.device, lazy=True)
@@ -88,25 +89,6 @@ def top_of(features: str) -> int | None:
     if not number.isdecimal() or int(number) < 1:
         raise UserError(f"--features {features}: write top:200 for the 200 strongest")
     return int(number)
-
-
-def read_labels(path: Path) -> dict[str, Any]:
-    """{"3:17": text, or {"label": text, "score": number}}. UserError where the file is something else."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--labels {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"--labels {path}: not JSON ({error})") from error
-    if not isinstance(found, Mapping) or not all(_is_label(one) for one in found.values()):
-        raise UserError(
-            f'--labels {path}: is not of the form {{"3:17": "a name"}} or {{"3:17": {{"label": "a name"}}}}'
-        )
-    return dict(found)
-
-
-def _is_label(given: Any) -> bool:
-    return isinstance(given, str) or (isinstance(given, Mapping) and isinstance(given.get("label"), str))
 
 
 def write(data: Mapping[str, Any], out: Path) -> None:

@@ -1,37 +1,31 @@
 """`cltjax graph`: the attribution graph of one prompt, as files and as a page."""
 
-import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from capture import vlm as vlms
-from capture.inputs import IMAGE
 from capture.prompts import resolve_template
-from capture.vlm import VLM, Encoded
 from cltjax.errors import UserError
 from cltjax.replacement import supernodes as groups_of
 from cltjax.replacement.answer import open_image
 from cltjax.replacement.asking import following_ids
-from cltjax.replacement.attribution import MEMORY, attribute
+from cltjax.replacement.attribution import MEMORY, attribute, check_memory
 from cltjax.replacement.clt import CLT
-from cltjax.replacement.graph import FEATURE, KINDS, LOGIT, Graph, Pruned, prune, save_graph
-from cltjax.replacement.graph_json import Shown, graph_json, png_uri
-from cltjax.replacement.local import Local, linearise
-from cltjax.replacement.panels import panels
-from cltjax.replacement.patches import Rect, rectangles
-from cltjax.replacement.pixels import gradient_times_input, overlay
-from cltjax.replacement.targets import Targets, likeliest, parse
+from cltjax.replacement.graph import FEATURE, KINDS, Graph, Pruned, check_shares, prune, save_graph
+from cltjax.replacement.graph_json import Shown, graph_json, image_places, tokens_of
+from cltjax.replacement.labels import read_labels, texts
+from cltjax.replacement.local import linearise
+from cltjax.replacement.panels import hold, panels
+from cltjax.replacement.pixels import check_pixels, heat_maps
+from cltjax.replacement.targets import likeliest, parse
 from cltjax.replacement.viewer.page import PAGE, write_page
 from cltjax.store import ActivationStore
-
-MODALITIES = ("text", "image", "special")
 
 
 def explain(
@@ -47,7 +41,9 @@ def explain(
     edge_threshold: float = 0.98,
     memory: float = MEMORY,
     store: Path | None = None,
+    image_dir: Path | None = None,
     examples: int = 4,
+    max_rows: int | None = None,
     labels: Path | None = None,
     supernodes: Path | None = None,
     propose_supernodes: bool = False,
@@ -56,40 +52,69 @@ def explain(
     title: str = "",
     template: str = "chat",
     device: str = "auto",
-    compute_dtype: str = "auto",
+    compute_dtype: str = "float32",
+    lazy: bool = False,
     other_revision: bool = False,
 ) -> Graph:
     """Write out/index.html, graph.json (what is shown), graph.safetensors and about.json (all of the graph); print what
-    is in it. Arguments: `cltjax graph`'s options. UserError for what does not fit together.
+    is in it. Arguments: `cltjax graph`'s options.
+
+    UserError for what does not fit together: as far as it can be known before edges are computed. What is known only
+    then (the ids of --supernodes) finds the whole graph saved.
     """
+    check_shares(node_threshold, edge_threshold)
+    check_memory(memory)
     names = read_labels(labels)
+    given = groups_of.read_groups(supernodes) if supernodes else []
     picture = None if image is None else open_image(image)
     if pixels and picture is None:
         raise UserError("--pixels is about an image: name one with --image")
     vlm = vlms.load(model, compute_dtype, device)
-    loaded = CLT.from_pretrained(clt, vlm.device, lazy=True)
+    loaded = CLT.from_pretrained(clt, vlm.device, lazy=lazy)
+    held = None if store is None else hold(loaded, ActivationStore.open(store), max_rows=max_rows, where=clt)
     text = resolve_template(template, vlm.processor).render(prompt, image=picture is not None)
     encoded = vlm.encode(text, picture)
     if said:
         encoded = vlm.extend(encoded, following_ids(vlm, text, said))
+    positions = tokens_of(vlm, encoded, picture)
+
     began = time.monotonic()
     local = linearise(vlm, loaded, encoded, other_revision)
-    behind = text if not said else f"{text} {said}"
-    targets = parse(local, behind, target) if target else likeliest(local)
+    targets = parse(local, f"{text} {said}".rstrip(), target) if target else likeliest(local)
+    if pixels:
+        check_pixels(local, targets, positions)
     with Bar() as bar:
         graph = attribute(local, targets, max_nodes, memory, bar)
+    answer = " ".join(part for part in (said, vlm.decode(vlm.generate([encoded], 16)[0])) if part)
+    graph.about.update(
+        {
+            "clt": str(clt),
+            "prompt": prompt,
+            "text": text,
+            "image": None if image is None else str(image),
+            "said": said,
+            "tokens": [one["token"] for one in positions],
+            "answer": answer,
+            "settings": {
+                "target": target,
+                "max_nodes": max_nodes,
+                "memory": memory,
+                "template": template,
+                "dtype": str(vlm.dtype)[6:],
+            },
+            "seconds": round(time.monotonic() - began, 1),
+        }
+    )
+    save_graph(graph, out)
     pruned = prune(graph, node_threshold, edge_threshold)
-    took = time.monotonic() - began
-    scores = graph.scores()
-    answer = vlm.decode(vlm.generate([encoded], 16)[0])
-
-    positions = tokens_of(vlm, encoded, picture)
     groups = groups_of.patches(pruned.graph, image_places(positions)) if group_patches else []
-    groups += groups_of.read_groups(supernodes, pruned.graph) if supernodes else []
-    groups += groups_of.propose(pruned.graph, loaded) if propose_supernodes else []
+    groups += groups_of.check_groups(given, pruned.graph, groups)
+    if propose_supernodes:
+        groups += groups_of.propose(pruned.graph, loaded, texts(names), groups)
     found: tuple[Mapping[str, Any], Mapping[str, str]] = ({}, {})
-    if store is not None:
-        found = panels(vlm, loaded, ActivationStore.open(store), features_of(pruned.graph), examples, labels=names)
+    if held is not None:
+        features = pruned.graph.features()
+        found = panels(vlm, loaded, held.store, features, examples, labels=names, image_dir=image_dir, held=held)
     shown = Shown(
         slug=title or prompt[:60],
         prompt=prompt,
@@ -99,26 +124,19 @@ def explain(
             "clt": str(clt),
             "answer": answer,
             "targets": ", ".join(targets.names) or target,
-            "scores": scores,
-            "settings": {
-                "max_nodes": max_nodes,
-                "node_threshold": node_threshold,
-                "edge_threshold": edge_threshold,
-                "active_features": graph.about["active_features"],
-                "said": said,
-                "seconds": round(took, 1),
-            },
+            "scores": graph.scores(),
+            "settings": graph.about["settings"]
+            | {"node_threshold": node_threshold, "edge_threshold": edge_threshold, "said": said},
         },
         image=picture,
-        labels={name: spelled(one) for name, one in names.items()},
+        labels=texts(names),
         panels=found[0],
         images=found[1],
         supernodes=groups,
-        pixels=heat_maps(local, targets, pruned, positions, picture) if pixels and picture is not None else {},
+        pixels=heat_maps(local, targets, pruned.graph, positions, picture) if pixels and picture else {},
     )
-    save_graph(graph, out)
     write_page(graph_json(pruned, shown, node_threshold), out)
-    say(graph, pruned, shown, took)
+    say(graph, pruned, shown)
     print(f"{out / PAGE}: open it in a browser, or: cltjax view {out}")
     return graph
 
@@ -142,80 +160,18 @@ class Bar:
         self._bar.update(self._task, completed=done, total=of)
 
 
-def read_labels(path: Path | None) -> dict[str, Any]:
-    """Names of features by 'LAYER:FEATURE', as examples/shapes/labels.py writes them. UserError for another file."""
-    if path is None:
-        return {}
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"--labels {path}: cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise UserError(f'--labels {path}: is no JSON object like {{"3:17": "red"}}')
-    return found
-
-
-def spelled(label: Any) -> str:
-    """A label of a file, which may come with a score."""
-    return str(label.get("label", "") if isinstance(label, dict) else label)
-
-
-def tokens_of(vlm: VLM, encoded: Encoded, picture: Image.Image | None) -> list[dict[str, Any]]:
-    """Of each position: its token, modality, and the rectangle of the image that it stands for."""
-    ids = encoded["input_ids"][0].tolist()
-    modality = vlm.modality(encoded["input_ids"])[0]
-    rects: list[Rect | None] = [] if picture is None else rectangles(vlm, encoded, picture.size)
-    left = iter(rects)
-    return [
-        {
-            "token": vlm.tokenizer.decode([token]),
-            "modality": MODALITIES[kind],
-            "rect": next(left, None) if token == vlm.image_id else None,
-        }
-        for token, kind in zip(ids, modality, strict=True)
-    ]
-
-
-def image_places(positions: Sequence[Mapping[str, Any]]) -> list[int]:
-    return [place for place, one in enumerate(positions) if one["modality"] == MODALITIES[IMAGE]]
-
-
-def features_of(graph: Graph) -> list[tuple[int, int]]:
-    """(layer, number) of a graph's features, each once."""
-    chosen = graph.of(FEATURE)
-    pairs = zip(graph.nodes.layer[chosen].tolist(), graph.nodes.number[chosen].tolist(), strict=True)
-    return list(dict.fromkeys(pairs))
-
-
-def heat_maps(
-    local: Local, targets: Targets, pruned: Pruned, positions: Sequence[Mapping[str, Any]], picture: Image.Image
-) -> dict[str, str]:
-    """Pictures of gradient x input by the ids of logits, over the part of the image that patches cover."""
-    rects = np.array([one["rect"] for one in positions if one["rect"] is not None])
-    if not len(rects) or not len(targets.weights):
-        raise UserError("--pixels is for logits, and images whose patches are known: leave it out")
-    low, high = rects[:, :2].min(0), (rects[:, :2] + rects[:, 2:]).max(0)
-    covered = (float(low[0]), float(low[1]), float(high[0] - low[0]), float(high[1] - low[1]))
-    ids = pruned.graph.ids()
-    heat = gradient_times_input(local, targets.directions)
-    return {
-        ids[node]: png_uri(overlay(one, covered, picture.size))
-        for node, one in zip(pruned.graph.of(LOGIT), heat, strict=True)
-    }
-
-
-def say(graph: Graph, pruned: Pruned, shown: Shown, took: float) -> None:
+def say(graph: Graph, pruned: Pruned, shown: Shown) -> None:
     """What the graph holds, in a few lines."""
-    about = shown.about
+    about, scores = shown.about, shown.about["scores"]
     left = np.bincount(pruned.graph.nodes.kind, minlength=len(KINDS))
     kept = ", ".join(f"{n:,} {kind}s" for n, kind in zip(left, KINDS, strict=True))
-    rows = len(graph.of(FEATURE))
     print(f"answer: {about['answer']}   explained: {about['targets']}")
     print(
-        f"{rows:,} of {about['settings']['active_features']:,} active features have their edges, {graph.edges.nnz:,} "
-        f"in all, in {took:.1f} s; after pruning: {kept}, {pruned.graph.edges.nnz:,} edges"
+        f"{len(graph.of(FEATURE)):,} of {graph.about['active_features']:,} active features have their edges, "
+        f"{graph.edges.nnz:,} in all, in {graph.about['seconds']} s; after pruning: {kept}, "
+        f"{pruned.graph.edges.nnz:,} edges"
     )
     print(
-        f"replacement {about['scores']['replacement']:.3f}   completeness {about['scores']['completeness']:.3f}   "
+        f"replacement {scores['replacement']:.3f}   completeness {scores['completeness']:.3f}   "
         "(unpruned; see docs/graphs.md)"
     )

@@ -64,7 +64,8 @@ class Norm:
     def apply(self, x: Tensor, scale: Tensor) -> Tensor:
         """x [..., n] normed by that scale, in the type of x."""
         about = self._about(x)
-        return (about * scale * self.weight.to(about.dtype) + self.bias.to(about.dtype)).to(x.dtype)
+        # scale x weight first: gradients, of which there are many, are then multiplied once
+        return (about * (scale * self.weight.to(about.dtype)) + self.bias.to(about.dtype)).to(x.dtype)
 
     def _about(self, x: Tensor) -> Tensor:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -84,6 +85,17 @@ class Frozen:
     patterns: dict[int, Tensor] = field(default_factory=dict)
     norms: dict[nn.Module, Norm] = field(default_factory=dict)
     scales: dict[nn.Module, list[Tensor]] = field(default_factory=dict)
+
+    def repeated(self, n: int) -> "Frozen":
+        """Of a batch of one, as of n of it, in the memory of one."""
+        assert len(self.ids) == 1
+
+        def spread(scale: Tensor) -> Tensor:  # [1, P, ...], or [P, ...] where a norm sees tokens side by side
+            return scale.expand(n, *scale.shape[1:]) if len(scale) == 1 else scale.repeat(n, *[1] * (scale.dim() - 1))
+
+        patterns = {layer: pattern.expand(n, *pattern.shape[1:]) for layer, pattern in self.patterns.items()}
+        scales = {norm: [spread(one) for one in some] for norm, some in self.scales.items()}
+        return Frozen(self.vlm, self.ids.expand(n, -1), patterns, self.norms, scales)
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
@@ -220,7 +232,11 @@ def mixed(pattern: Tensor, value: Tensor) -> Tensor:
     """Values [B, kv heads, P, d] by a pattern [B, heads, P, P]: [B, P, heads, d]. Neighbours share a kv head."""
     samples, heads, length, _ = pattern.shape
     shared = pattern.to(value.dtype).reshape(samples, value.shape[1], -1, length)
-    return (shared @ value).reshape(samples, heads, length, -1).transpose(1, 2).contiguous()
+    if samples == 1 and value.requires_grad:  # head by head: gradients batched over many nodes share the pattern then
+        mixture = torch.stack([one @ other for one, other in zip(shared[0], value[0], strict=True)])
+    else:
+        mixture = shared @ value
+    return mixture.reshape(samples, heads, length, -1).transpose(1, 2).contiguous()
 
 
 def pattern_of(attend: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from cltjax.files import write_json, write_whole
 FEATURE, ERROR, EMBEDDING, LOGIT = range(4)
 KINDS = ("feature", "error", "embedding", "logit")
 VERSION = 1
+TINY = float(np.finfo(float).tiny)
 ARRAYS, ABOUT = "graph.safetensors", "about.json"
 
 
@@ -73,6 +74,12 @@ class Graph:
         """Indices of the nodes of a kind."""
         return np.flatnonzero(self.nodes.kind == kind)
 
+    def features(self) -> list[tuple[int, int]]:
+        """(layer, number) of the features, each once."""
+        chosen = self.of(FEATURE)
+        pairs = zip(self.nodes.layer[chosen].tolist(), self.nodes.number[chosen].tolist(), strict=True)
+        return list(dict.fromkeys(pairs))
+
     def inputs(self) -> np.ndarray:
         """[N] the sum of each node's absolute in-edges, those from features that are not in the graph included."""
         return abs(self.edges).sum(1) + self.rest
@@ -97,8 +104,8 @@ class Graph:
         # what was not looked at is not explained either
         left_out = self._share_left_out() @ size
         return {
-            "replacement": float(words / (words + errors + left_out)),
-            "completeness": float(((1 - from_errors - self._share_left_out()) @ size) / size.sum()),
+            "replacement": _share(words, words + errors + left_out),
+            "completeness": _share((1 - from_errors - self._share_left_out()) @ size, size.sum()),
         }
 
     def _share_left_out(self) -> np.ndarray:
@@ -129,6 +136,11 @@ class Graph:
         return spelled
 
 
+def _share(part: float, whole: float) -> float:
+    """0 where there is no whole: nothing flows."""
+    return float(part / whole) if whole > 0 else 0.0
+
+
 def influence(shares: csr_array, weights: np.ndarray, layer: np.ndarray) -> np.ndarray:
     """w (A + A^2 + ...) [N] of A_hat [N, N] whose edges go from lower layers to higher ones."""
     found = np.zeros(len(weights))
@@ -157,7 +169,7 @@ def share_through(graph: Graph, nodes: np.ndarray) -> float:
     shares, words = graph.shares(), graph.of(EMBEDDING)
     past = csr_array(shares.multiply(~np.isin(np.arange(len(graph)), nodes)[:, None]))
     whole, rest = (influence(one, graph.weights, graph.nodes.layer)[words].sum() for one in (shares, past))
-    return float(1 - rest / whole) if whole > 0 else 0.0
+    return _share(whole - rest, whole)
 
 
 class Pruned(NamedTuple):
@@ -177,14 +189,12 @@ def prune(graph: Graph, node_share: float = 0.8, edge_share: float = 0.98) -> Pr
     edges between these those that carry most, edge_share of it together; then no feature without an edge in and one
     out, and no error without one out. UserError for shares outside of 0 to 1.
     """
-    for name, share in (("node", node_share), ("edge", edge_share)):
-        if not 0 <= share <= 1:
-            raise UserError(f"--{name}-threshold {share}: must be from 0 to 1")
+    check_shares(node_share, edge_share)
     found = graph.influence()
     kind = graph.nodes.kind
     always = (kind == EMBEDDING) | (kind == LOGIT) | (graph.weights > 0)
     keep = (found >= _least(found, node_share)) | always
-    share = found / max(found.sum(), 1e-30)
+    share = found / max(found.sum(), TINY)
     order = np.argsort(-found, kind="stable")
     cumulative = np.empty_like(found)
     cumulative[order] = np.cumsum(share[order])
@@ -210,11 +220,18 @@ def prune(graph: Graph, node_share: float = 0.8, edge_share: float = 0.98) -> Pr
     return Pruned(graph.kept(nodes, edges), share[nodes], cumulative[nodes], graph.inputs()[nodes])
 
 
+def check_shares(node_share: float, edge_share: float) -> None:
+    """UserError for what are no shares."""
+    for name, share in (("node", node_share), ("edge", edge_share)):
+        if not 0 <= share <= 1:
+            raise UserError(f"--{name}-threshold {share}: must be from 0 to 1")
+
+
 def _least(values: np.ndarray, share: float) -> float:
     """The smallest of the largest values that make up a share of the sum."""
     ordered = np.sort(values)[::-1]
     sums = np.cumsum(ordered)
-    place = np.searchsorted(sums / max(sums[-1], 1e-30), share)
+    place = np.searchsorted(sums / max(sums[-1], TINY), share)
     return float(ordered[min(place, len(ordered) - 1)])
 
 

@@ -14,8 +14,12 @@ from typing import Any
 
 from PIL import Image
 
+from capture.inputs import IMAGE, Encoded
+from capture.vlm import VLM
 from cltjax.replacement.graph import EMBEDDING, ERROR, FEATURE, LOGIT, Pruned
+from cltjax.replacement.patches import Rect, rectangles
 
+MODALITIES = ("text", "image", "special")
 TYPES = {
     FEATURE: "cross layer transcoder",
     ERROR: "mlp reconstruction error",
@@ -80,6 +84,26 @@ def graph_json(pruned: Pruned, shown: Shown, node_threshold: float) -> dict[str,
         "images": dict(shown.images),
     }
     return found | ({"pixels": dict(shown.pixels)} if shown.pixels else {})
+
+
+def tokens_of(vlm: VLM, encoded: Encoded, picture: Image.Image | None) -> list[dict[str, Any]]:
+    """Of each position: its token, modality, and the rectangle of the image that it stands for."""
+    ids = encoded["input_ids"][0].tolist()
+    modality = vlm.modality(encoded["input_ids"])[0]
+    rects: list[Rect | None] = [] if picture is None else rectangles(vlm, encoded, picture.size)
+    left = iter(rects)
+    return [
+        {
+            "token": vlm.tokenizer.decode([token]),
+            "modality": MODALITIES[kind],
+            "rect": next(left, None) if token == vlm.image_id else None,
+        }
+        for token, kind in zip(ids, modality, strict=True)
+    ]
+
+
+def image_places(positions: Sequence[Mapping[str, Any]]) -> list[int]:
+    return [place for place, one in enumerate(positions) if one["modality"] == MODALITIES[IMAGE]]
 
 
 def _node(pruned: Pruned, i: int, name: str, shown: Shown) -> dict[str, Any]:

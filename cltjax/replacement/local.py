@@ -73,7 +73,7 @@ class Local:
     features: of each source [P, K], values 0 where there is none. errors: [P, D] by layer, what the MLP writes less
     what the CLT says; of a layer that it does not cover all of it. constant: what enters where embeddings, features and
     errors are none: `b_dec`, and all that is written at positions that are constant, the first constant_positions (see
-    the module).
+    the module). causal: no position sees a later one.
     """
 
     vlm: VLM
@@ -85,6 +85,7 @@ class Local:
     features: dict[int, Features]
     errors: list[Tensor]
     constant_positions: int
+    causal: bool
 
     @property
     def length(self) -> int:
@@ -184,7 +185,18 @@ def linearise(vlm: VLM, clt: CLT, encoded: Encoded, other_revision: bool = False
         errors.append(error)
         constant.append(base)
     nothing = [torch.zeros_like(one) for one in entering.embedded.values()]
-    return Local(vlm, clt, batch, frozen, entering, entering.like([*nothing, *constant]), features, errors, first)
+    return Local(
+        vlm,
+        clt,
+        batch,
+        frozen,
+        entering,
+        entering.like([*nothing, *constant]),
+        features,
+        errors,
+        first,
+        _causal(frozen),
+    )
 
 
 def _constant(vlm: VLM, frozen: Frozen) -> int:
@@ -193,11 +205,16 @@ def _constant(vlm: VLM, frozen: Frozen) -> int:
     return 0 if sees_more or vlm.modality(frozen.ids[0, :1].cpu())[0] == IMAGE else 1
 
 
+def _causal(frozen: Frozen) -> bool:
+    return not any(bool(pattern[0].triu(1).any()) for pattern in frozen.patterns.values())
+
+
 def _without(found: Features, first: int) -> Features:
-    """Features [P, K] with none at the first positions."""
+    """Features [P, K] with none at the first positions; K is the most that are active at another."""
     values = found.values.clone()
     values[:first] = 0.0
-    return Features(values, found.indices)
+    most = max(1, int((values > 0).sum(-1).max()))  # active ones come first
+    return Features(values[:, :most], found.indices[:, :most])
 
 
 @torch.no_grad()

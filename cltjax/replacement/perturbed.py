@@ -10,13 +10,12 @@ they were, and features respond: that is what a graph's edges are about, with th
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cltjax.replacement.clt import Features
-from cltjax.replacement.frozen import record
 from cltjax.replacement.local import Local
 from cltjax.replacement.model import Pass, ReplacementModel, Rewritten
 
@@ -43,7 +42,7 @@ def local_inputs(local: Local, cuts: Sequence[Cut]) -> dict[int, Tensor]:
     """The same in the local replacement model."""
     model = _LocalCut(local, cuts)
     batch = repeated(local, len(cuts) + 1)
-    with record(local.vlm, batch).replayed(), model.active():
+    with local.frozen.repeated(len(cuts) + 1).replayed(), model.active():
         local.vlm.forward(batch)
     return model.seen
 
@@ -100,7 +99,7 @@ class _LocalCut(ReplacementModel):
         now.features[layer] = Features(values, indices)
 
     def _write(self, layer: int, own: Tensor, now: Pass) -> Tensor:
-        written: Any = super()._write(layer, own, now) + self._local.errors[layer].to(own.device)
+        written = super()._write(layer, own, now).to(own.device) + self._local.errors[layer].to(own.device)
         first = self._local.constant_positions
         written[:, :first] = self._local.entering.written[layer][:first].to(written.device)
         return written

@@ -5,7 +5,7 @@ the gradient, which says what a small change of a pixel would do, times the pixe
 and scaled).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,17 +15,25 @@ from torch import Tensor
 
 from cltjax.errors import UserError
 from cltjax.replacement.frozen import entered
+from cltjax.replacement.graph import LOGIT, Graph
+from cltjax.replacement.graph_json import png_uri
 from cltjax.replacement.local import Local
+from cltjax.replacement.targets import Targets
 
 
-def gradient_times_input(local: Local, directions: Tensor) -> np.ndarray:
-    """Of logits, [n, height, width] summed over colours, for directions over the vocabulary [n, V].
-
-    UserError where the model's pixels are not one image of three colours.
-    """
+def check_pixels(local: Local, targets: Targets, positions: Sequence[Mapping[str, Any]]) -> None:
+    """UserError where there are no heat maps: the model's pixels are not one image of three colours, or it is not known
+    which part of the image patches stand for, or no logits are explained."""
     pixels = local.batch.get("pixel_values")
     if pixels is None or pixels.dim() < 4 or pixels[..., 0, 0].numel() != 3:
         raise UserError("--pixels is for models that get one image as pixels, not as tiles or patches: leave it out")
+    if not any(one["rect"] for one in positions) or not len(targets.weights):
+        raise UserError("--pixels is for logits, and images whose patches are known: leave it out")
+
+
+def gradient_times_input(local: Local, directions: Tensor) -> np.ndarray:
+    """Of logits, [n, height, width] summed over colours, for directions over the vocabulary [n, V]."""
+    pixels = local.batch["pixel_values"]
     rows = local.head_rows(directions).to(local.read.head.device, local.read.head.dtype)
     (by_patch,) = torch.autograd.grad(
         local.read.head, [local.leaves.embedded[0]], rows, retain_graph=True, is_grads_batched=True
@@ -46,6 +54,20 @@ def gradient_times_input(local: Local, directions: Tensor) -> np.ndarray:
     ]
     heat = torch.stack([(one * leaf.detach()).reshape(-1, *pixels.shape[-2:]).sum(0) for one in found])
     return heat.float().cpu().numpy()
+
+
+def heat_maps(
+    local: Local, targets: Targets, graph: Graph, positions: Sequence[Mapping[str, Any]], picture: Image.Image
+) -> dict[str, str]:
+    """Pictures of gradient x input by the ids of logits, over the part of the image that patches cover."""
+    rects = np.array([one["rect"] for one in positions if one["rect"] is not None])
+    low, high = rects[:, :2].min(0), (rects[:, :2] + rects[:, 2:]).max(0)
+    covered = (float(low[0]), float(low[1]), float(high[0] - low[0]), float(high[1] - low[1]))
+    ids = graph.ids()
+    heat = gradient_times_input(local, targets.directions)
+    return {
+        ids[node]: png_uri(overlay(one, covered, picture.size)) for node, one in zip(graph.of(LOGIT), heat, strict=True)
+    }
 
 
 def overlay(heat: np.ndarray, covered: tuple[float, float, float, float], size: tuple[int, int]) -> Image.Image:

@@ -32,28 +32,28 @@ class Targets:
 
 def likeliest(local: Local, mass: float = MASS, most: int = MOST) -> Targets:
     """The likeliest next tokens, by probability, with it for weights."""
-    chances = local.logits.float().softmax(-1).cpu()
-    ordered, ids = chances.sort(descending=True)
+    ordered, ids = _chances(local).sort(descending=True)
     n = min(int((ordered.cumsum(0) < mass).sum()) + 1, most, len(ids))
     return tokens(local, ids[:n].tolist())
 
 
 def tokens(local: Local, ids: Sequence[int]) -> Targets:
-    """Given next tokens, with their probabilities for weights."""
-    vocabulary = len(local.logits)
+    """Given next tokens, each once, with their probabilities for weights."""
+    vocabulary, ids = len(local.logits), list(dict.fromkeys(ids))
     for one in ids:
         if not 0 <= one < vocabulary:
             raise UserError(f"there is no token {one}: the vocabulary has {vocabulary:,}")
-    chances = local.logits.float().softmax(-1).cpu().double().numpy()
     directions = torch.zeros(len(ids), vocabulary)
-    directions[torch.arange(len(ids)), torch.tensor(list(ids), dtype=torch.long)] = 1.0
+    directions[torch.arange(len(ids)), torch.tensor(ids, dtype=torch.long)] = 1.0
     directions -= 1 / vocabulary
     names = tuple(local.vlm.tokenizer.decode([one]) for one in ids)
-    return Targets(directions, chances[list(ids)], names, tuple(ids))
+    return Targets(directions, _chances(local)[ids].numpy(), names, tuple(ids))
 
 
 def contrast(local: Local, one: int, other: int) -> Targets:
-    """How much more a token's logit is than another's."""
+    """How much more a token's logit is than another's. UserError where they are the same."""
+    if one == other:
+        raise UserError("--target: a token less itself is nothing to explain; name two")
     both = tokens(local, [one, other])
     direction = both.directions[:1] - both.directions[1:]
     return Targets(direction, np.ones(1), (f"{both.names[0]} - {both.names[1]}",), (-1,))
@@ -61,9 +61,14 @@ def contrast(local: Local, one: int, other: int) -> Targets:
 
 def of_features(local: Local, features: Sequence[tuple[int, int, int]]) -> Targets:
     """Features as (layer, position, number), alike."""
-    share = 1 / max(1, len(features))
+    each = tuple(dict.fromkeys(features))
     nothing = torch.zeros(0, len(local.logits))
-    return Targets(nothing, np.zeros(0), (), (), tuple(features), (share,) * len(features))
+    return Targets(nothing, np.zeros(0), (), (), each, (1 / max(1, len(each)),) * len(each))
+
+
+def _chances(local: Local) -> Tensor:
+    """[V] of the next token, float64: what is unlikely is not 0."""
+    return local.logits.double().cpu().softmax(-1)
 
 
 def parse(local: Local, prompt: str, text: str) -> Targets:

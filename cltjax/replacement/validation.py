@@ -9,10 +9,13 @@ On each prompt, with all active features in the graph:
   (cltjax/replacement/perturbed.py). For every feature t that the graph says s has influence on, Spearman's correlation
   over pairs of that influence, (A + A^2 + ...)[t, s], and of what became of t: |change of its pre-activation| over
   the sum of its absolute in-edges, since an influence is a share of these. Pairs are `direct` where at least half of
-  the influence is the edge between the two, else `multi-hop`. The mean over prompts;
+  the influence is the edge between the two, else `multi-hop`. The mean over prompts. `of one source` is the mean over
+  the features taken out, each with its own targets; `permuted` is all pairs with each target's effects dealt out anew
+  among the features taken out, which leaves what targets differ by: not 0, and what the others are to be read against;
 - perturbations: the change of the CLT's inputs d layers on, as the local replacement model has it and in the original:
   cosine (mean over features taken out) and normalised error (squared distance over squared length, both summed);
-- patches: those with most influence are given the mean embedding of the image's patches. How far the log-probability
+- patches: those with most influence are given the mean embedding of the image's patches, at every layer where an image
+  enters. How far the log-probability
   of the likeliest token falls, over how far it falls where all patches have that; beside as many random patches.
 
 Intervals are of the bootstrap over images. (After Anthropic, "Circuit Tracing", 2025, evaluation of the local
@@ -21,7 +24,9 @@ replacement model, where feature-to-feature Spearman is .72, replacement .61, co
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +34,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 from torch import Tensor
 
 from capture.prompts import resolve_template
@@ -38,19 +43,20 @@ from capture.vlm import load
 from cltjax.errors import UserError
 from cltjax.files import write_json
 from cltjax.replacement.asking import held_out
-from cltjax.replacement.attribution import attribute
+from cltjax.replacement.attribution import attribute, check_memory
 from cltjax.replacement.clt import CLT
 from cltjax.replacement.config import GraphsConfig
-from cltjax.replacement.explain import read_labels, spelled
 from cltjax.replacement.forced import logits_at
 from cltjax.replacement.frozen import entered
-from cltjax.replacement.graph import EMBEDDING, FEATURE, Graph, influence_of, prune, share_through
+from cltjax.replacement.graph import EMBEDDING, FEATURE, TINY, Graph, influence_of, prune, share_through
+from cltjax.replacement.labels import read_labels, texts
 from cltjax.replacement.local import Local, linearise
 from cltjax.replacement.perturbed import Cut, local_inputs, original_inputs, repeated
 from cltjax.replacement.resampling import RESAMPLES, Figure, Resampled, interval, ratio
 from cltjax.replacement.targets import likeliest
 
-PAIRS = ("all", "direct", "multi-hop")
+PAIRS = ("all", "direct", "multi-hop", "permuted")
+AT_ONCE = 8  # features that are taken out in one batch
 FEWEST = 10  # pairs that a correlation is taken over
 SHARES = (1 / 18, 1 / 6, 1 / 3)  # of the patches
 DRAWS = 4  # of random patches
@@ -64,13 +70,13 @@ def validate(config: GraphsConfig) -> dict[str, Any]:
     samples."""
     check_options(config)
     began = last = time.monotonic()
-    names = {name: spelled(label) for name, label in read_labels(config.labels).items()}
+    names = texts(read_labels(config.labels))
     named = {name for name, label in names.items() if config.through and label.startswith(config.through)}
     if config.through and not named:
         raise UserError(f"--through {config.through}: no feature in --labels {config.labels} is named so")
     dataset, samples = held_out(config.dataset, config.image_dir, config.split, config.graphs, config.skip_bad)
     vlm = load(config.model, config.compute_dtype, config.device)
-    clt = CLT.from_pretrained(config.clt, vlm.device, lazy=True)
+    clt = CLT.from_pretrained(config.clt, vlm.device, lazy=config.lazy)
     encode = encoder(vlm, resolve_template(config.template, vlm.processor))
     columns: list[Column] = []
     for done, sample in enumerate(samples, start=1):
@@ -109,6 +115,7 @@ def check_options(config: GraphsConfig) -> None:
     ):
         if value is not None and value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
+    check_memory(config.memory)
     if config.through and config.labels is None:
         raise UserError("--through is about names of features: say where they are with --labels")
 
@@ -125,9 +132,14 @@ def measured(local: Local, graph: Graph, cuts: int, rng: np.random.Generator) ->
     chosen = np.sort(rng.choice(kept, min(cuts, len(kept)), replace=False))
     _, layer, position, number, value = (one[chosen].tolist() for one in graph.nodes)
     made = [Cut(*one) for one in zip(layer, position, number, value, strict=True)]
-    real, said = original_inputs(local, made), local_inputs(local, made)
-    found |= correlations(graph, chosen, pre_activation_changes(local, graph, real))
-    found |= by_depth(made, real, said)
+    changes = []
+    for first in range(0, len(made), AT_ONCE):
+        some = made[first : first + AT_ONCE]
+        real, said = original_inputs(local, some), local_inputs(local, some)
+        changes.append(pre_activation_changes(local, graph, real))
+        for key, value in by_depth(some, real, said).items():
+            found[key] = found.get(key, 0.0) + value
+    found |= correlations(graph, chosen, np.concatenate(changes, 1), rng)
     return found | patch_drops(local, graph, rng)
 
 
@@ -154,21 +166,38 @@ def pre_activation_changes(local: Local, graph: Graph, inputs: Mapping[int, Tens
     return changes
 
 
-def correlations(graph: Graph, chosen: np.ndarray, changes: np.ndarray) -> Column:
-    """Spearman's of influence and effect, by PAIRS, with how many pairs; 0 and 0 where there are too few."""
+def correlations(graph: Graph, chosen: np.ndarray, changes: np.ndarray, rng: np.random.Generator) -> Column:
+    """Spearman's of influence and effect, by PAIRS, with how many pairs, and `of one source`; 0 and 0 where there are
+    too few."""
     nodes, shares = graph.of(FEATURE), graph.shares()
     influences = influence_of(shares, chosen, graph.nodes.layer)[nodes]
     direct = shares[nodes][:, chosen].toarray()
-    effects = np.abs(changes) / np.maximum(abs(graph.edges).sum(1)[nodes], 1e-30)[:, None]
-    there = influences > 0
+    effects = np.abs(changes) / np.maximum(graph.inputs()[nodes], TINY)[:, None]
+    there, edge = influences > 0, direct >= influences / 2
     found: Column = {}
-    for name in PAIRS:
-        mask = there if name == "all" else there & ((direct >= influences / 2) == (name == "direct"))
-        enough = mask.sum() >= FEWEST
-        value = float(spearmanr(influences[mask], effects[mask]).statistic) if enough else float("nan")  # pyright: ignore[reportAttributeAccessIssue]
-        defined = np.isfinite(value)
-        found |= {("spearman", name): value if defined else 0.0, ("defined", name): float(defined)}
+    for name, mask in zip(PAIRS, (there, there & edge, there & ~edge, there), strict=True):
+        effect = dealt_anew(effects, mask, rng) if name == "permuted" else effects
+        value = spearman(influences[mask], effect[mask])
+        found |= {("spearman", name): value or 0.0, ("defined", name): float(value is not None)}
         found["pairs", name] = float(mask.sum())
+    each = [spearman(influences[there[:, s], s], effects[there[:, s], s]) for s in range(len(chosen))]
+    found["of one source"] = sum(value for value in each if value is not None)
+    found["sources"] = float(sum(value is not None for value in each))
+    return found
+
+
+def spearman(influences: np.ndarray, effects: np.ndarray) -> float | None:
+    """None of too few pairs, and where one does not vary."""
+    if len(influences) < FEWEST or np.ptp(influences) == 0 or np.ptp(effects) == 0:
+        return None
+    return float(np.corrcoef(rankdata(influences), rankdata(effects))[0, 1])
+
+
+def dealt_anew(effects: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Effects [targets, sources], each target's among the sources of its pairs in the mask."""
+    found = effects.copy()
+    for row, here in zip(found, mask, strict=True):
+        row[here] = rng.permutation(row[here])
     return found
 
 
@@ -203,22 +232,24 @@ def patch_drops(local: Local, graph: Graph, rng: np.random.Generator) -> Column:
     places = np.flatnonzero(ids.numpy() == local.vlm.image_id) if local.vlm.image_id is not None else np.array([], int)
     if len(places) < 2:
         return {}
-    words = graph.of(EMBEDDING)
+    words, embedded = graph.of(EMBEDDING), local.entering.embedded
     ranked = places[np.argsort(-graph.influence()[words][places], kind="stable")]
     counts = [max(1, round(share * len(places))) for share in SHARES]
     without = [ranked[:0], places, *(ranked[:n] for n in counts)]
     without += [rng.choice(places, n, replace=False) for n in counts for _ in range(DRAWS)]
-    mean = local.entering.embedded[0][places].mean(0)
 
-    def enter(own: Tensor) -> Tensor:
-        changed = own.clone()
+    def enter(layer: int, own: Tensor) -> Tensor:
+        changed, added = own.clone(), embedded[layer].to(own)
+        mean = added[places].mean(0)
         for b, some in enumerate(without):
-            changed[b, some] = mean.to(changed)
+            changed[b, some] += mean - added[some]
         return changed
 
     batch = repeated(local, len(without))
     last = torch.tensor([len(ids) - 1], device=local.vlm.device)
-    with entered(local.vlm, enter):
+    with ExitStack() as stack:
+        for layer in embedded:
+            stack.enter_context(entered(local.vlm, partial(enter, layer), layer))
         logits = logits_at(local.vlm, batch, last)[:, -1].float().log_softmax(-1)
     drops = (logits[0].max() - logits[:, logits[0].argmax()]).double().cpu().numpy()
     found: Column = {("drop", "all"): drops[1], "with image": 1.0}
@@ -255,7 +286,8 @@ def summary(columns: Sequence[Column], units: Sequence[str], seed: int) -> dict[
         "scores": {name: mean(("score", name)) for name in ("replacement", "completeness")},
         "spearman": {
             name: mean(("spearman", name), ("defined", name)) | {"pairs": drawn["pairs", name][0]} for name in PAIRS
-        },
+        }
+        | {"of one source": mean("of one source", "sources") | {"pairs": drawn["pairs", "all"][0]}},
         "perturbed": {
             str(depth): {
                 "cosine": mean(("cosine", depth), ("cuts", depth)),
@@ -297,7 +329,8 @@ def show(figures: Mapping[str, Any], console: Console | None = None) -> None:
         add(name, figure)
     table.add_section()
     for name, figure in figures["spearman"].items():
-        add(f"Spearman of influence and ablation, {name} pairs ({figure['pairs']:,.0f})", figure)
+        pairs = "" if name in ("permuted", "of one source") else f" pairs ({figure['pairs']:,.0f})"
+        add(f"Spearman of influence and ablation, {name}{pairs}", figure)
     table.add_section()
     for depth, found in figures["perturbed"].items():
         add(f"change {depth} layers on: cosine ({found['features']:,.0f} features)", found["cosine"])

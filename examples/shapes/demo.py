@@ -38,9 +38,9 @@ STEPS = (
     ),
     (
         "Explain: one answer about a held-out image, from its patches and words through features",
-        "cltjax graph --clt demo/clt --image demo/activations/images/shapes-000016.png "
-        "--prompt 'What is the triangle used for?' --store demo/activations --labels demo/labels.json "
-        "--out demo/graphs/triangle",
+        "cltjax graph --clt demo/clt --image demo/activations/images/shapes-001110.png "
+        "--prompt 'What is the orange thing used for?' --store demo/activations --labels demo/labels.json "
+        "--out demo/graphs/orange",
     ),
 )
 NEXT = """
@@ -66,7 +66,7 @@ def main() -> None:
     print("\nPlots")
     for plot in sorted((ROOT / "demo/runs/all/plots").glob("*.png")):
         print(f"  {plot.relative_to(ROOT)}")
-    print("\nThe page, which opens from disk\n  demo/graphs/triangle/index.html")
+    print("\nThe page, which opens from disk\n  demo/graphs/orange/index.html")
     print(NEXT)
     print(f"make demo took {time.monotonic() - started:.0f} s after the install.")
 
