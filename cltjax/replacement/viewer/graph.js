@@ -247,18 +247,20 @@ function lightPatches(focus, ups) {
   for (const [position, strength, net] of lights) {
     const part = strength / lights[0][1];
     if (part >= 0.01)
-      mark(view.rects.get(position), { lit: part.toFixed(2), sign: net > 0 ? "+" : "-" }, 0.08 + 0.6 * part);
+      mark(view.rects.get(position), { lit: part.toFixed(2), sign: net > 0 ? "+" : "-" }, part);
   }
   at("lit").replaceChildren(...sayLit(focus, lights));
 }
 
-function mark(rect, flags, opacity) {
+/** How strongly a patch is lit shows more by its outline than by a veil, which would change the picture's colors. */
+function mark(rect, flags, part) {
   if (!rect) return;
   for (const [name, value] of Object.entries(flags)) {
     if (value === null || value === false) delete rect.dataset[name];
     else rect.dataset[name] = value === true ? "" : value;
   }
-  rect.style.fillOpacity = opacity;
+  rect.style.fillOpacity = part && 0.05 + 0.25 * part;
+  rect.style.strokeWidth = part ? 1 + 3 * part : "";
 }
 
 /** The sentence under the image. */
