@@ -29,6 +29,7 @@ from cltjax.wiring import Wiring, spell_layers, wire
 
 Combined = Literal["joint", "backfit", "gains", "none"]
 WeightType = Literal["float32", "float16", "bfloat16"]
+Site = Literal["mlp_in", "resid_mid", "resid_pre"]
 FORMAT, FORMAT_VERSION = "cltjax CLT", 1
 DESCRIPTION = "clt.json"
 # What nobody reads but people: free-form JSON.
@@ -60,7 +61,7 @@ class Description:
     """What clt.json says."""
 
     model: dict[str, Any]  # id, revision, class, n_layers, d_model
-    site: str
+    site: Site
     n_features: int
     sources: tuple[int, ...]
     offset: int
@@ -104,8 +105,8 @@ class Description:
 def write_clt(folder: Path, description: Description, files: Iterable[tuple[str, Mapping[str, np.ndarray]]]) -> None:
     """Write a CLT directory, whole or not at all. `files`: (name, tensors) of each file, in any order.
 
-    UserError where the folder exists already. Weights are rounded to the description's dtype; biases and thresholds,
-    which decide what is active, stay float32.
+    UserError where the folder exists already, and where weights are too large for the description's dtype. Weights are
+    rounded to it; biases and thresholds, which decide what is active, stay float32.
     """
     expected = description.files
     with whole_folder(folder) as temporary:
@@ -115,9 +116,17 @@ def write_clt(folder: Path, description: Description, files: Iterable[tuple[str,
             if shapes != found:
                 raise ValueError(f"{name}: {found}, not {shapes}")
             # safetensors writes the wrong values of an array that is not contiguous, without a word.
-            rounded = {
-                key: np.ascontiguousarray(value, tensor_type(key, description.dtype)) for key, value in tensors.items()
-            }
+            with np.errstate(over="ignore"):  # looked at below
+                rounded = {
+                    key: np.ascontiguousarray(value, tensor_type(key, description.dtype))
+                    for key, value in tensors.items()
+                }
+            for key, value in tensors.items():
+                if np.isfinite(value).all() and not np.isfinite(rounded[key].astype(np.float32)).all():
+                    raise UserError(
+                        f"{key} has values up to {np.abs(value).max():.3g}, too large for {description.dtype}: "
+                        "export as bfloat16 or float32"
+                    )
             write_whole(temporary / name, partial(save_file, rounded))
         if expected:
             raise ValueError(f"lacking: {', '.join(expected)}")

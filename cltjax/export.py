@@ -68,7 +68,7 @@ def export(
     else:
         way, loaded = way_of(loaded, combine)
         whole, found = several(loaded, way, ActivationStore.open(store or loaded[0].config.store), non_negative)
-    write_clt(out, describe(loaded, whole, way, dtype, found), folded(whole))
+    write_clt(out, describe(loaded, whole, way, dtype, found), folded(whole, dtype))
     print(f"{out}: {way}, sources {whole.wiring.name[1:]}, {len(whole.wiring.pairs)} pairs, {dtype}")
 
 

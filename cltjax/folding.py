@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from cltjax.clt import CLT
-from cltjax.clt_directory import Activation, CLTDirectory
+from cltjax.clt_directory import Activation, CLTDirectory, tensor_type
 from cltjax.config import ModelConfig
 from cltjax.normalisation import Normalisation
 from cltjax.runs import rescale
@@ -31,8 +31,12 @@ def activation_of(clt: CLT) -> Activation:
     return Activation(kind, trained_as=clt.activation)
 
 
-def folded(clt: CLT) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """(file name, tensors) of a CLT in raw units, one file at a time; float32, computed in float64."""
+def folded(clt: CLT, dtype: str = "float32") -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """(file name, tensors) of a CLT in raw units, one file at a time; float32, computed in float64.
+
+    dtype: what weights will be stored as. Encoders are rounded to it here, before their product with the inputs' mean
+    goes into b_enc: in residual streams means are large, and so would be rounding times the mean.
+    """
 
     def exact(array: Any) -> np.ndarray:
         return np.asarray(array[...], np.float64)
@@ -40,7 +44,7 @@ def folded(clt: CLT) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     wiring, thresholds = clt.wiring, thresholds_of(clt)
     in_mean, in_std, out_mean, out_std = map(exact, (clt.in_mean, clt.in_std, clt.out_mean, clt.out_std))
     for s, (source, window) in enumerate(zip(wiring.sources, wiring.windows, strict=True)):
-        W_enc = exact(clt.W_enc[...][s]) / in_std[s]
+        W_enc = exact((exact(clt.W_enc[...][s]) / in_std[s]).astype(tensor_type("W_enc", dtype)))
         encoder = {f"W_enc_{source}": W_enc, f"b_enc_{source}": exact(clt.b_enc[...][s]) - W_enc @ in_mean[s]}
         if thresholds is not None:
             encoder[f"threshold_{source}"] = thresholds[s]

@@ -147,6 +147,7 @@ def damage(folder: Path, how: str) -> None:
         ("sources=[]", "sources are|layer"),
         ("model.n_layers=null", "n_layers"),
         ("n_features=12.5", "n_features is 12.5"),
+        ('site="mlp_inX"', "site is 'mlp_inX'"),
         ('combined="sum"', "combined is 'sum'"),
         ('dtype="int8"', "dtype is 'int8'"),
         ('activation.kind="gelu"', "activation.kind is 'gelu'"),

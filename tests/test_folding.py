@@ -9,6 +9,7 @@ import torch
 
 import dense
 from cltjax.clt_directory import CLTDirectory, Description, write_clt
+from cltjax.errors import UserError
 from cltjax.folding import activation_of, folded
 from cltjax.replacement import clt as torch_clt
 from test_clt import CONSTANTS, LAYERS, RULES, B, D, F, K, close, forward, model
@@ -22,7 +23,7 @@ def written(folder: Path, clt: Any, offset: int, n_targets: int, dtype: Any = "f
     described = Description(
         about, "mlp_in", F, clt.wiring.sources, offset, n_targets, activation_of(clt), "joint", dtype
     )
-    write_clt(folder, described, folded(clt))
+    write_clt(folder, described, folded(clt, dtype))
     return CLTDirectory.open(folder)
 
 
@@ -95,3 +96,31 @@ def test_equal_pre_activations_go_to_the_lowest_index(tmp_path: Path):
     exported = torch_clt.CLT.from_pretrained(written(tmp_path / "clt", clt, 0, 1).path)
     found = exported.encode(2, torch.from_numpy(x[:, 0]))
     assert (found.indices.sort(-1).values == torch.arange(K)).all() and len(found.values) == B
+
+
+def test_rounded_encoders_do_not_meet_large_means(tmp_path: Path) -> None:
+    """A mean of a hundred standard deviations, as in residual streams, costs bfloat16's pre-activations nothing."""
+    errors = []
+    for shift in (0.0, 100.0):
+        clt, _, weights, x = model("all", 0, 16, activation="topk")
+        far = np.zeros((1, D), np.float32)
+        far[0, 2] = shift * float(np.max(weights["in_std"]))
+        clt.in_mean[...] = clt.in_mean[...] + far
+        exact = np.einsum("bsd,sfd->bsf", (x - weights["in_mean"]) / weights["in_std"][:, None], weights["W_enc"])
+        exact = exact + weights["b_enc"]
+        directory = written(tmp_path / f"{shift}", clt, 0, 16, "bfloat16")
+        loaded = torch_clt.CLT.from_pretrained(directory.path)
+        h = np.stack(
+            [loaded.pre_activations(layer, torch.from_numpy(x + far)[:, s]) for s, layer in enumerate(loaded.sources)],
+            1,
+        )
+        errors.append(np.abs(h - exact).max() / np.abs(exact).max())
+    assert errors[0] < 0.01 and errors[1] < 2 * errors[0]
+
+
+def test_what_float16_does_not_hold_is_refused(tmp_path: Path) -> None:
+    clt, *_ = model("2", 0, 1, activation="topk")
+    clt.W_dec["2"][...] = clt.W_dec["2"][...] + 1e6
+    with pytest.raises(UserError, match=r"W_dec_2 has values up to .*, too large for float16: export as bfloat16"):
+        written(tmp_path / "clt", clt, 0, 1, "float16")
+    assert not (tmp_path / "clt").exists()

@@ -38,7 +38,7 @@ class Neurons:
     def scale(self, before: Tensor, write: Tensor) -> Tensor:
         """[n] float64: s of the module's docstring, at tokens with the map's output and the write [n, D]."""
         assert self.gain is not None
-        scaled, smallest = self.gain.double() * before.double(), torch.finfo(torch.float64).tiny
+        scaled, smallest = self.gain.to(before.device).double() * before.double(), torch.finfo(torch.float64).tiny
         return (scaled * write.double()).sum(-1) / scaled.square().sum(-1).clamp_min(smallest)
 
 
