@@ -58,6 +58,8 @@ def main() -> None:
         }
         for name, folder in folders.items()
     }
+    for one in found.values():  # paths of this machine say nothing elsewhere
+        one["figures"] = {name: value for name, value in one["figures"].items() if name not in ("settings", "model")}
     (RESULTS / "graphs.json").write_text(json.dumps(found, indent=1))
     with (RESULTS / "graphs.txt").open("w") as file:
         for console in (Console(width=110), Console(width=110, file=file)):
