@@ -34,14 +34,14 @@ from safetensors.numpy import load_file, save_file
 
 if TYPE_CHECKING:
     from capture.vlm import VLM, Encoded
-    from cltjax.clt_directory import Description
+    from cltjax.clt_directory import Description, Site
 
 MOST = 1e-4
 SHARES = 0.8, 0.98  # of prune_graph
 KINDS = ("features", "errors", "embeddings")  # by number, as in cltjax/replacement/graph.py
 PACKAGES = ("circuit-tracer", "nnsight", "transformers", "torch")
 # Of each case: which model, (activation, sources, offset, n_targets, site), and next tokens that are given.
-CASES: dict[str, tuple[str, tuple[str, tuple[int, ...], int, int, str], tuple[int, ...]]] = {
+CASES: dict[str, tuple[str, tuple[str, tuple[int, ...], int, int, "Site"], tuple[int, ...]]] = {
     "llama-joint": ("llama", ("jumprelu", (0, 1, 2, 3, 4), 0, 16, "mlp_in"), ()),
     "llama-resid": ("llama", ("jumprelu", (0, 1, 2, 3, 4), 0, 16, "resid_mid"), ()),
     "llama-window": ("llama", ("relu", (1, 3), 0, 2, "mlp_in"), (5, 71, 2)),
@@ -180,7 +180,14 @@ def randomise(model: Any) -> None:
 
 
 def describe(
-    vlm: "VLM", n_features: int, kind: str, sources: tuple[int, ...], offset: int, n_targets: int, site: str, k: int = 7
+    vlm: "VLM",
+    n_features: int,
+    kind: str,
+    sources: tuple[int, ...],
+    offset: int,
+    n_targets: int,
+    site: "Site",
+    k: int = 7,
 ) -> "Description":
     from cltjax.clt_directory import Activation, Description
 
