@@ -103,7 +103,12 @@ def export_circuit_tracer(path: Path, out: Path, store: Path | None) -> None:
     """`write_circuit_tracer` of the CLT directory `path`; the thresholds of a topk CLT are calibrated on `val` rows of
     `store`, so that each layer's mean L0 stays what it is. UserError where that cannot be done."""
     directory, thresholds = CLTDirectory.open(path), None
-    if directory.description.activation.kind == "topk" and store is not None:
+    kind = directory.description.activation.kind
+    if store is not None:
+        if kind != "topk":
+            raise UserError(
+                f"--store is what a topk CLT's thresholds are calibrated on, and {path} is {kind}: leave it out"
+            )
         thresholds = topk_thresholds(directory.description, partial(val_pre_activations, directory, store))
     write_circuit_tracer(directory, out, thresholds)
     print(f"{out}: circuit-tracer's form of {path}" + (", thresholds from val rows" if thresholds else ""))
@@ -263,8 +268,10 @@ class TracerLayer:
     threshold: bool
 
 
-def import_circuit_tracer(folder: Path | str) -> tuple[Description, Files]:
+def import_circuit_tracer(folder: Path | str, model: str | None = None) -> tuple[Description, Files]:
     """(description, files) of a circuit-tracer CLT, for `write_clt`. One layer is in memory at a time.
+
+    model: the language model's name, by default what config.yaml says.
 
     Every file is looked at before the first is given out. With a clt.json of `write_circuit_tracer` beside them,
     sources and window are what it says. Else they are what is not zero: a layer that neither reads nor writes is no
@@ -290,7 +297,7 @@ def import_circuit_tracer(folder: Path | str) -> tuple[Description, Files]:
     if described is None:
         sources, offset, n_targets = window_of(folder, layers)
         described = Description(
-            model={"id": config.get("model_name"), "revision": None, "class": None}
+            model={"id": model or config.get("model_name"), "revision": None, "class": None}
             | {"n_layers": n_layers, "d_model": len(first.b_dec)},
             site=config["site"],
             n_features=first.n_features,
@@ -306,6 +313,8 @@ def import_circuit_tracer(folder: Path | str) -> tuple[Description, Files]:
         if said != (n_layers, len(first.b_dec), first.n_features, config["site"], activation.kind):
             raise UserError(f"{folder / DESCRIPTION} describes another CLT than the files beside it: export it again")
         described = dataclasses.replace(described, dtype=common_type(types))
+        if model:
+            raise UserError(f"{folder / DESCRIPTION} says that it is of {described.model.get('id')}: leave --model out")
     check_window(folder, described, layers)
     described = dataclasses.replace(described, derived_from=f"{folder.resolve().name} (circuit-tracer)")
     return described, tracer_files(folder, described, layers)

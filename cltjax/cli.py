@@ -96,15 +96,15 @@ class Export:
     combine: Literal["gains", "backfit", "none"] | None = None
     """How several runs become one; by default backfit where one was trained on what the others leave, else gains."""
     store: Path | None = None
-    """The activation store that runs are combined, or thresholds calibrated on; by default the first run's."""
+    """The activation store that several runs are combined, or thresholds calibrated on; by default the first run's."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """What weights are rounded to; biases and thresholds stay float32."""
     non_negative: bool = False
-    """Allow no gain below 0."""
+    """Allow no gain below 0 (--combine gains)."""
     best: bool = False
     """Export the checkpoint with the best FVU on val rows, instead of the last."""
     circuit_tracer: bool = False
-    """Write circuit-tracer's form of a CLT directory; one trained with topk needs --store."""
+    """Write circuit-tracer's form of a CLT directory; one trained with topk, and no other, needs --store."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,8 @@ class Import:
     out: Path = Path("clt")
     """The CLT directory to write."""
     model: str | None = None
-    """EleutherAI: the language model, where config.json does not say."""
+    """The language model, a Hugging Face model id or a folder, where config.yaml (circuit-tracer) or config.json
+    (EleutherAI) does not say."""
     n_layers: int | None = None
     """EleutherAI: the layers of the language model; by default one more than the highest transcoder's."""
 
@@ -172,6 +173,10 @@ class Generate:
     """Where the model runs."""
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """What the model computes in; auto is float32 on a CPU and bfloat16 on a GPU."""
+    lazy: bool = False
+    """Leave the CLT's decoders in their files and read the rows of active features, for CLTs larger than memory."""
+    clt_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What the CLT's encoders and decoders are held in; pre-activations and sums are float32."""
     other_revision: bool = False
     """Take a CLT that was trained on another revision of the model."""
 
@@ -209,6 +214,8 @@ class Neurons:
     """What the model computes in; auto is float32 on a CPU and bfloat16 on a GPU."""
     skip_bad: bool = False
     """Leave out rows whose image is missing or broken or whose prompt is empty."""
+    clt_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What the CLT's encoders and decoders are held in; pre-activations and sums are float32."""
     other_revision: bool = False
     """Take a CLT that was trained on another revision of the model."""
     out: Path | None = None
@@ -271,6 +278,8 @@ class Graph:
     """What the model computes in. Edges add up in float32; in half the memory they are a few per cent off."""
     lazy: bool = False
     """Leave the CLT's decoders in their files and read the rows of active features, for CLTs larger than memory."""
+    clt_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What the CLT's encoders and decoders are held in; pre-activations and sums are float32."""
     other_revision: bool = False
     """Take a CLT that was trained on another revision of the model."""
 
@@ -314,6 +323,8 @@ class Dashboard:
     """Where the CLT runs."""
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """What the model is loaded as."""
+    clt_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What the CLT's encoders and decoders are held in; pre-activations and sums are float32."""
     other_revision: bool = False
     """Take a CLT that was trained on another revision of the model."""
 
@@ -452,12 +463,14 @@ def read_import(options: Import) -> None:
     from cltjax.eleuther import import_eleuther
 
     if (options.folder / CONFIG).is_file():
-        if options.model or options.n_layers:
-            raise UserError(f"--model and --n-layers are for EleutherAI's transcoders: {options.folder} says both")
-        found, files = import_circuit_tracer(options.folder)
+        if options.n_layers:
+            raise UserError(f"--n-layers is for EleutherAI's transcoders: {options.folder} has files of all layers")
+        found, files = import_circuit_tracer(options.folder, options.model)
     else:
         found, files = import_eleuther(options.folder, options.model, options.n_layers)
     write_clt(options.out, found, files)
+    if not found.model.get("id"):
+        print(f"{options.out} does not say which model it is of: name it with --model, to be sure that they fit")
     print(f"{options.out}: {found.activation.kind}, sources {found.wiring.name[1:]}, F={found.n_features}")
 
 

@@ -61,12 +61,16 @@ def export(
         (one,) = loaded
         if combine:
             raise UserError(f"--combine {combine} is for several runs, and {one.run} is one: leave it out")
+        if store is not None:
+            raise UserError(f"--store is what several runs are combined on, and {one.run} is one: leave it out")
         if one.config.given:
             others = " ".join(map(str, one.config.given))
             raise UserError(f"{one.run} was trained on what other runs leave: name these too, {others}")
+        check_non_negative(non_negative, "joint")
         whole, way, found = one.clt, "joint", {"metrics": figures_of(one)}
     else:
         way, loaded = way_of(loaded, combine)
+        check_non_negative(non_negative, way)
         whole, found = several(loaded, way, ActivationStore.open(store or loaded[0].config.store), non_negative)
     write_clt(out, describe(loaded, whole, way, dtype, found), folded(whole, dtype))
     print(f"{out}: {way}, sources {whole.wiring.name[1:]}, {len(whole.wiring.pairs)} pairs, {dtype}")
@@ -125,6 +129,12 @@ def way_of(runs: list[Trained], asked: Way | None) -> tuple[Combined, list[Train
             "one so, or use gains"
         )
     return asked or "gains", runs
+
+
+def check_non_negative(non_negative: bool, way: Combined) -> None:
+    """UserError where gains are asked for that are not negative, and there are no gains."""
+    if non_negative and way != "gains":
+        raise UserError(f"--non-negative is about gains, and there are none with combined = {way}: leave it out")
 
 
 def check_alike(runs: Sequence[Trained]) -> None:

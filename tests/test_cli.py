@@ -1,3 +1,5 @@
+import dataclasses
+import inspect
 import json
 from pathlib import Path
 
@@ -122,3 +124,20 @@ def test_what_estimate_cannot_do_is_one_line(
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert reason in error and error.count("\n") == 1
+
+
+def test_commands_that_load_a_clt_say_how_it_is_held():
+    """Options of a command are the arguments of what it calls."""
+    from cltjax import cli
+    from cltjax.replacement.answer import generate
+    from cltjax.replacement.config import FidelityConfig, GraphsConfig
+    from cltjax.replacement.dashboard import write_dashboard
+    from cltjax.replacement.explain import explain
+    from cltjax.replacement.neurons import find_neurons
+
+    always_lazy = {cli.Neurons: find_neurons, cli.Dashboard: write_dashboard}
+    for options, work in ({cli.Generate: generate, cli.Graph: explain} | always_lazy).items():
+        assert {field.name for field in dataclasses.fields(options)} == set(inspect.signature(work).parameters)
+    for options in (cli.Generate, cli.Graph, FidelityConfig, GraphsConfig, *always_lazy):
+        found = {field.name: field.default for field in dataclasses.fields(options)}
+        assert found["clt_dtype"] == "float32" and found.get("lazy") == (None if options in always_lazy else False)

@@ -1,12 +1,14 @@
 """From trained runs to a CLT directory, and its figures."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from cltjax.circuit_tracer import write_circuit_tracer
 from cltjax.cli import Export, main
 from cltjax.clt_directory import CLTDirectory
 from cltjax.config import EvaluateConfig, LogConfig, ModelConfig, SparsityConfig
@@ -18,6 +20,7 @@ from cltjax.store import ActivationStore
 from cltjax.tokens import rules_of_clt
 from cltjax.training import train
 from stores import synthetic_store
+from test_circuit_tracer import with_kind, written
 from test_training import LAYERS, D, small
 
 SELDOM = LogConfig(every=50, checkpoint_every=1000)
@@ -109,6 +112,8 @@ def test_backfitted_runs_are_summed_as_they_were_trained(store: ActivationStore,
         assert described.metrics["targets"][target]["all"]["fvu"] == pytest.approx(by["all"]["fvu"], rel=1e-4)
     with pytest.raises(UserError, match="was trained on what other runs leave: name these too"):
         export([last], tmp_path / "alone")
+    with pytest.raises(UserError, match="--non-negative is about gains, and there are none with combined = backfit"):
+        export([first, last, second], tmp_path / "x", store=store.path, non_negative=True)
     with pytest.raises(UserError, match="--combine backfit: none of these runs"):
         export(apart, tmp_path / "x", combine="backfit", store=store.path)
 
@@ -122,6 +127,9 @@ def test_what_makes_no_clt_is_one_line(store: ActivationStore, apart: list[Path]
         ([apart[0]], {"combine": "gains"}, "--combine gains is for several runs"),
         ([apart[0], other], {}, "--model.features 29 and .*other 33"),
         ([*apart, again], {}, "source 0 is in .*L0 and in .*again"),
+        ([apart[0]], {"store": store.path}, "--store is what several runs are combined on, and .*L0 is one: leave it"),
+        ([apart[0]], {"non_negative": True}, "--non-negative is about gains, and there are none with combined = joint"),
+        (apart, {"non_negative": True, "combine": "none"}, "there are none with combined = none: leave it out"),
     ):
         with pytest.raises(UserError, match=said):
             export(runs, tmp_path / "clt", **options)  # type: ignore[arg-type]
@@ -165,6 +173,13 @@ def test_to_circuit_tracer_and_back(store, apart, tmp_path: Path, monkeypatch: p
     to = ("--circuit-tracer", "--out", tmp_path / "tracer", "--store", store.path)
     assert command(monkeypatch, "export", tmp_path / "clt", *to) == 0
     assert command(monkeypatch, "import", tmp_path / "tracer", "--out", tmp_path / "back") == 0
+    again = ("--circuit-tracer", "--out", tmp_path / "again")
+    assert command(monkeypatch, "export", tmp_path / "back", *again, "--store", store.path) == 2
+    said = capsys.readouterr().err
+    assert "topk CLT's thresholds" in said and "back is jumprelu: leave it out" in said
+    assert command(monkeypatch, "export", tmp_path / "back", *again) == 0
+    assert command(monkeypatch, "import", tmp_path / "tracer", "--model", "x", "--out", tmp_path / "named") == 2
+    assert "leave --model out" in capsys.readouterr().err
     first, back = (CLTDirectory.open(tmp_path / name) for name in ("clt", "back"))
     assert back.description.activation.kind == "jumprelu" and back.description.wiring == first.description.wiring
     for name, tensors in first:
@@ -196,7 +211,24 @@ def test_wrong_options_for_circuit_tracer(tmp_path, monkeypatch, capsys, args, s
 
 def test_wrong_options_for_import(tmp_path, monkeypatch, capsys):
     (tmp_path / "config.yaml").write_text("model_kind: cross_layer_transcoder\n")
-    assert command(monkeypatch, "import", tmp_path, "--model", "x") == 2
-    assert "are for EleutherAI's transcoders" in capsys.readouterr().err
+    assert command(monkeypatch, "import", tmp_path, "--n-layers", 3) == 2
+    assert "--n-layers is for EleutherAI's transcoders" in capsys.readouterr().err
     assert command(monkeypatch, "import", tmp_path / "nothing") == 2
     assert str(tmp_path / "nothing") in capsys.readouterr().err
+
+
+def test_an_import_says_where_the_model_is_not_known(tmp_path, monkeypatch, capsys):
+    write_circuit_tracer(written(tmp_path / "clt", with_kind("relu")), tmp_path / "tracer")
+    (tmp_path / "tracer" / "clt.json").unlink()
+    config = tmp_path / "tracer" / "config.yaml"
+    for number, (name, options, found, lines) in enumerate(
+        (("some/model", (), "some/model", 1), ("null", (), None, 2), ("null", ("--model", "a/b"), "a/b", 1))
+    ):
+        config.write_text(re.sub("model_name: .*", f"model_name: {name}", config.read_text()))
+        out = tmp_path / str(number)
+        assert command(monkeypatch, "import", tmp_path / "tracer", "--out", out, *options) == 0
+        assert CLTDirectory.open(out).description.model["id"] == found
+        said = capsys.readouterr().out.splitlines()
+        assert len(said) == lines and ("does not say which model it is of: name it with --model" in said[0]) == (
+            lines == 2
+        )

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 import dense
 from cltjax.clt_directory import CLTDirectory, Description, write_clt
@@ -79,6 +80,33 @@ def test_rounded_weights_are_nearly_the_same_function(tmp_path: Path, dtype):
         assert 1e-5 < error < (0.05 if dtype == "float16" else 0.3)  # a rounding may put another feature among the k
     lazy = torch_clt.CLT.from_pretrained(directory.path, dtype=getattr(torch, dtype), lazy=True)
     np.testing.assert_array_equal(in_torch(lazy, x)[1], found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_are_held_as_asked_wherever_they_are(tmp_path: Path, dtype):
+    """float32 files: rows that are read from them are rounded as those in memory are."""
+    clt, _, _, x = model("0,2-3", 0, 16)
+    path = written(tmp_path / "clt", clt, 0, 16).path
+    one, lazy = (torch_clt.CLT.from_pretrained(path, dtype=dtype, lazy=lazy) for lazy in (False, True))
+    np.testing.assert_array_equal(in_torch(lazy, x)[1], in_torch(one, x)[1])
+    rows = torch.tensor([3, 1])
+    assert torch.equal(lazy.decoder_rows(2, rows), one.decoder_rows(2, rows))
+    exact = torch_clt.CLT.from_pretrained(path).decoder_rows(2, rows)
+    assert torch.equal(lazy.decoder_rows(2, rows), exact.to(dtype).float()) and not torch.equal(exact.to(dtype), exact)
+
+
+@pytest.mark.parametrize("name", ["W_enc_2", "W_dec_2"])
+def test_weights_too_large_for_float16_are_one_line(tmp_path: Path, name: str):
+    clt, *_ = model("0,2-3", 0, 16)
+    path = written(tmp_path / "clt", clt, 0, 16).path
+    file = path / f"{name}.safetensors"
+    tensors = load_file(file)
+    tensors[name][1] = 1e6
+    save_file(tensors, file)
+    for dtype in (torch.float32, torch.bfloat16):
+        torch_clt.CLT.from_pretrained(path, dtype=dtype)
+    with pytest.raises(UserError, match=f"{name} has weights too large for float16"):
+        torch_clt.CLT.from_pretrained(path, dtype=torch.float16)
 
 
 def test_constants_are_folded_in_and_gone(tmp_path: Path):

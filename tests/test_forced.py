@@ -3,14 +3,17 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from capture.vlm import VLM
 from cltjax.replacement import forced as module
-from cltjax.replacement.forced import GROUPS, ORIGINAL, certain, compare, forced
+from cltjax.replacement.asking import end_ids
+from cltjax.replacement.forced import GROUPS, ORIGINAL, certain, compare, forced, spread
 from cltjax.replacement.model import ReplacementModel
 from families import FAMILIES, IMAGE_ID, VOCABULARY, Encoded, Family
 from test_replacement import (
@@ -108,7 +111,7 @@ def test_parts_make_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     whole = forced(vlm, runs, prompts, answers)
     sizes: list[tuple[int, int]] = []
 
-    def counting(vlm: VLM, batch: dict[str, torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
+    def counting(vlm: VLM, batch: dict[str, torch.Tensor], positions: Sequence[int]) -> torch.Tensor:
         found = logits_at(vlm, batch, positions)
         sizes.append((len(batch["input_ids"]), found.shape[1]))
         return found
@@ -147,11 +150,103 @@ def test_an_exact_clt_loses_nothing(name: str, tmp_path: Path) -> None:
 def test_figures_of_single_rows() -> None:
     own = torch.tensor([[2.0, 0.0, -torch.inf], [0.0, 1.0, 3.0], [5.0, 1.0, 0.0]])
     other = torch.tensor([[0.0, 1.0, -torch.inf], [0.0, 1.0, 3.0], [4.0, 1.0, 6.0]])
-    found = compare(own, other, torch.tensor([1, 2, 0]))
+    no_end = torch.zeros(3, dtype=torch.bool), torch.tensor([], dtype=torch.long)
+    found = compare(own, other, torch.tensor([1, 2, 0]), *no_end)
     p = np.exp(2) / (1 + np.exp(2))
     kl = p * (np.log(p) - np.log(1 / (1 + np.e))) + (1 - p) * (np.log(1 - p) - np.log(np.e / (1 + np.e)))
     assert found["kl"][0] == pytest.approx(kl, rel=1e-5) and found["kl"][1] == 0 and found["kl"][2] > 1
     assert found["agree"].tolist() == [0, 1, 0] and found["right"].tolist() == [1, 1, 0]
     assert found["ce"][0] == pytest.approx(np.log(1 + np.exp(-1)), rel=1e-5)
-    share, right = certain(own, torch.tensor([1, 2, 0]))
+    share, right = certain(own, torch.tensor([1, 2, 0]), *no_end)
     assert right.tolist() == [0, 1, 1] and share[0] == pytest.approx(p, rel=1e-5)
+
+
+def test_any_end_token_is_the_end_of_an_answer() -> None:
+    """Ends 0 and 1; the first row is an answer's end, the second a 0 elsewhere, the third no end."""
+    logits = torch.tensor([[1.0, 3.0, 2.0], [1.0, 3.0, 2.0], [0.0, 1.0, 3.0]])
+    following, ending, ends = torch.tensor([0, 0, 2]), torch.tensor([True, False, False]), torch.tensor([0, 1])
+    found = compare(logits, logits, following, ending, ends)
+    assert found["right"].tolist() == certain(logits, following, ending, ends)[1].tolist() == [1, 0, 1]
+    p = np.exp([1, 3, 2]) / np.exp([1, 3, 2]).sum()
+    assert found["ce"][:2] == pytest.approx([-np.log(p[0] + p[1]), -np.log(p[0])], rel=1e-5)
+
+
+def test_exact_is_what_greedy_decoding_gives_and_where_it_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that says its answer and then an end token; which of several stands behind the answer says nothing."""
+    vlm, prompts, runs = wrapped("mistral3"), FAMILIES["mistral3"].samples()[::2], {ORIGINAL: nullcontext}
+    monkeypatch.setattr(vlm.model.generation_config, "eos_token_id", [])
+    said = vlm.generate(prompts, 3)
+    ends = [one[2] for one in said]
+    assert ends[0] != ends[1] and not {*ends} & {*said[0][:2], *said[1][:2]}
+    monkeypatch.setattr(vlm.model.generation_config, "eos_token_id", ends)
+    assert vlm.generate(prompts, 9) == said and end_ids(vlm) == ends
+
+    def exact(answers: list[list[int]]) -> list[float]:
+        return forced(vlm, runs, prompts, answers)[ORIGINAL, "exact"].tolist()
+
+    for end in ends:
+        assert exact([[*one[:2], end] for one in said]) == [1, 1]
+    assert exact([[said[0][0], ends[0]], said[1]]) == [0, 1]  # it goes on where the answer ends
+    strange = next(token for token in range(3, VOCABULARY) if token not in (*ends, *said[0], *said[1]))
+    assert exact([said[0], [*said[1][:2], strange]]) == [1, 0]
+
+
+# Several devices ---------------------------------------------------------------------------------------------
+
+
+def test_a_model_over_several_devices_is_known_by_its_parameters() -> None:
+    class Parameters(nn.Module):
+        def __init__(self, *devices: str):
+            super().__init__()
+            self.devices = devices
+
+        def parameters(self, recurse: bool = True) -> Any:
+            return [type("Parameter", (), {"device": torch.device(device)}) for device in self.devices]
+
+    assert spread(Parameters("cuda:0", "cuda:1")) and spread(Parameters("meta", "cuda:0"))
+    assert not spread(Parameters("cuda:1", "cuda:1")) and not spread(wrapped("llava").model)
+
+
+def test_logits_of_a_spread_model_are_the_same(
+    case: tuple[Family, VLM],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which logits to keep is then a number: accelerate moves a tensor to the first device, hidden states are on the
+    last."""
+    family, vlm = case
+    batch = vlm.collate(family.samples())
+    length, given = batch["input_ids"].shape[1], []
+    with torch.no_grad():
+        own = original(vlm, batch)
+        for spread_out in (False, True):
+            monkeypatch.setattr(module, "spread", lambda model, spread_out=spread_out: spread_out)
+            for places in ([length - 1], [length - 4, length - 2], [0, 3, length - 1], np.arange(length)):
+                hook = vlm.model.register_forward_pre_hook(
+                    lambda _, args, kwargs: given.append(kwargs["logits_to_keep"]), with_kwargs=True
+                )
+                found = module.logits_at(vlm, batch, places)
+                hook.remove()
+                assert found.shape == (len(own), len(places), VOCABULARY)
+                assert torch.allclose(found, own[:, places], atol=1e-5)
+    assert [one.tolist() for one in given[:3]] == [[length - 1], [length - 4, length - 2], [0, 3, length - 1]]
+    assert given[4:] == [1, 4, length, length]
+
+
+def test_logits_that_a_spread_model_keeps_count_as_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    vlm, prompts = wrapped("llava"), FAMILIES["llava"].samples()
+    answers, sizes = [[5, 6, 7], [8], [9, 10]], []
+    logits_at = module.logits_at
+
+    def counting(vlm: VLM, batch: dict[str, torch.Tensor], positions: Sequence[int]) -> torch.Tensor:
+        sizes.append(len(batch["input_ids"]))
+        return logits_at(vlm, batch, positions)
+
+    one = forced(vlm, {ORIGINAL: nullcontext}, prompts, answers)
+    monkeypatch.setattr(module, "logits_at", counting)
+    monkeypatch.setattr(module, "spread", lambda model: True)
+    longest = max(prompt["input_ids"].shape[1] + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
+    monkeypatch.setattr(module, "MOST_LOGITS", 2 * VOCABULARY * longest)
+    found = forced(vlm, {ORIGINAL: nullcontext}, prompts, answers)
+    assert sizes == [2, 1]
+    for key, values in one.items():
+        assert np.allclose(found[key], values, rtol=1e-4, atol=1e-5), key

@@ -88,6 +88,8 @@ def test_what_is_no_intervention_is_one_line(text: str) -> None:
         ("set", 1.0, [3, -1], "no positions"),
         ("set", 1.0, slice(-3, None), "no positions"),
         ("set", 1.0, slice(0, 9, 2), "no positions"),
+        ("set", 1.0, slice(5, 5), "no positions"),
+        ("set", 1.0, slice(None, 0), "no positions"),
     ],
 )
 def test_refused_when_made(how: Any, value: Any, positions: Any, said: str) -> None:
@@ -215,7 +217,7 @@ def test_what_changes_nothing_changes_no_bit(case: Any, kind: Any, tmp_path: Pat
     clt = random_clt(tmp_path / "clt", vlm)
     expected = ReplacementModel(vlm, clt).forward(batch) if kind is ReplacementModel else original(vlm, batch)
     feature = often_active(vlm, clt, batch, 0)
-    texts = ["0:{}*1", "1:{}+0", "2:{}=-1e9..", "0:{}=0..1e9", "1:{}@:0=7"]
+    texts = ["0:{}*1", "1:{}+0", "2:{}=-1e9..", "0:{}=0..1e9"]
     some = [Intervention.parse(text.format(feature)) for text in texts]
     assert torch.equal(kind(vlm, clt, some).forward(batch), expected)
     assert not torch.equal(kind(vlm, clt, [Intervention(0, feature, "add", 1.0)]).forward(batch), expected)
@@ -302,7 +304,14 @@ def assert_generates(model: Any, samples: list[Encoded]) -> list[list[int]]:
     answers = model.generate(samples, 5)
     assert all(len(answer) == 5 or answer[-1] == EOS for answer in answers)
     assert_teacher_forced(model, samples, answers)
-    assert [model.generate([sample], 5)[0] for sample in samples] == answers
+    slices = [one.positions for some in model.interventions.values() for one in some]
+    starts = [where.start for where in slices if isinstance(where, slice)]
+    for sample, answer in zip(samples, answers, strict=True):
+        if all(start < sample["input_ids"].shape[1] + 5 for start in starts):
+            assert model.generate([sample], 5)[0] == answer
+        else:  # alone it is too short for an intervention
+            with pytest.raises(UserError, match="there is no position"):
+                model.generate([sample], 5)
     return answers
 
 
@@ -385,11 +394,18 @@ def test_what_there_is_not(kind: Any, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=said):
             kind(vlm, clt, [one], within)
-    for positions in (longest, [0, longest]):
+    for positions in (longest, [0, longest], slice(longest, None), slice(longest, longest + 9)):
         with pytest.raises(UserError, match=f"0:4: there is no position {longest} in {longest} tokens"):
             kind(vlm, clt, [Intervention(0, 4, "set", 1.0, positions)]).forward(batch)
-    for positions in (longest - 1, slice(longest, None)):
+    for positions in (longest - 1, slice(longest - 1, None)):
         kind(vlm, clt, [Intervention(0, 4, "set", 1.0, positions)]).forward(batch)
+    generated = Intervention(0, 4, "set", 1.0, slice(longest, None))
+    kind(vlm, clt, [generated]).generate(FAMILIES["llava"].samples(), 1)  # a token that is generated has this number
+    on_image, words = kind(vlm, clt, [Intervention(0, 4, "set", 1.0, "image")]), without_images(FAMILIES["llava"])
+    on_image.forward(batch)
+    for call in (lambda: on_image.forward(vlm.collate(words)), lambda: on_image.generate(words, 2)):
+        with pytest.raises(UserError, match="0:4: there are no image tokens in a prompt without an image"):
+            call()
     with pytest.raises(UserError, match="revision"):
         kind(
             dataclasses.replace(vlm, revision="two"),

@@ -442,6 +442,44 @@ def test_what_is_not_known_is_no_mismatch(changes: dict[str, Any], tmp_path: Pat
     assert ReplacementModel(vlm, other, other_revision=True).covered == (0, 1, 2)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"id": None}, "has no name, no class and no revision"),
+        ({"id": "a/b"}, "has only the name a/b, no class and no revision"),
+        ({}, ""),  # its name is the model's
+        ({"id": "a/b", "class": "LlavaForConditionalGeneration"}, ""),
+        ({"id": "a/b", "revision": "two"}, ""),
+    ],
+)
+def test_a_clt_that_does_not_say_of_which_model_it_is(
+    changes: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is taken with a line about it, once, however many models are made of it."""
+    vlm = dataclasses.replace(wrapped("llava"), revision="two", name=str(tmp_path))
+    one = described(vlm).model | {"revision": None, "class": None} | changes
+    clt = random_clt(tmp_path / "clt", vlm, model=one)
+    for _ in range(2):
+        ReplacementModel(vlm, clt)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == bool(said)
+    if said:
+        assert "this CLT does not say which model it is of" in printed[0] and said in printed[0]
+        assert f"--model {vlm.name}" in printed[0]
+
+
+def test_an_answer_has_a_token_at_least(tmp_path: Path) -> None:
+    vlm = wrapped("llava")
+    samples = FAMILIES["llava"].samples()
+    models = ReplacementModel(vlm, random_clt(tmp_path / "clt", vlm)), AblatedModel(vlm, {0: torch.zeros(39)})
+    for model in models:
+        for n in (0, -1):
+            with pytest.raises(UserError, match=f"answers of at most {n} tokens: there must be at least 1") as raised:
+                model.generate(samples, n)
+            assert "\n" not in str(raised.value)
+        assert [len(answer) for answer in model.generate(samples, 1)] == [1, 1, 1]
+
+
 def test_layers_that_are_not_there(tmp_path: Path) -> None:
     vlm = wrapped("llava")
     batch = vlm.collate(FAMILIES["llava"].samples())

@@ -26,6 +26,8 @@ def generate(
     template: str = "chat",
     device: str = "auto",
     compute_dtype: str = "auto",
+    lazy: bool = False,
+    clt_dtype: str = "float32",
     other_revision: bool = False,
 ) -> dict[str, str]:
     """The greedy answers by who gave them; printed as they come. The arguments are the options of `cltjax generate`."""
@@ -36,7 +38,7 @@ def generate(
         raise UserError("--in-original and --within are about interventions: name some with --set")
     picture = None if image is None else open_image(image)
     vlm = vlms.load(model, compute_dtype, device)
-    loaded = CLT.from_pretrained(clt, vlm.device)
+    loaded = CLT.from_pretrained(clt, vlm.device, vlms.DTYPES[clt_dtype], lazy)
     text = resolve_template(template, vlm.processor).render(prompt, image=picture is not None)
     encoded = vlm.encode(text, picture)
     asked: dict[str, VLM | Rewritten] = {

@@ -63,9 +63,9 @@ class Asking:
         return truth.capitalize() if self.capital else truth
 
     def answer_ids(self, sample: Sample) -> list[int]:
-        """The reference's tokens as they follow this prompt, and the end token where the model has just one."""
+        """The reference's tokens as they follow this prompt, and an end token, which stands for whichever ends it."""
         text = self.template.render(sample.prompt, image=sample.load is not None)
-        return following_ids(self.vlm, text, self.reference(sample) or "") + end_ids(self.vlm)
+        return following_ids(self.vlm, text, self.reference(sample) or "") + end_ids(self.vlm)[:1]
 
     def batches(self, samples: Sequence[Sample]) -> Iterator[Batch]:
         """One-word and longer answers apart: a batch generates as long as its longest answer."""
@@ -95,12 +95,11 @@ def following_ids(vlm: VLM, prompt: str, answer: str) -> list[int]:
 
 
 def end_ids(vlm: VLM) -> list[int]:
-    """The token that ends an answer; none where the model's settings name several, or it has none."""
+    """The tokens that end an answer, any of them; as `vlm.generate` has them. None where the model has none."""
     found = getattr(getattr(vlm.model, "generation_config", None), "eos_token_id", None)
     if found is None:
         found = getattr(vlm.tokenizer, "eos_token_id", None)
-    ends = [] if found is None else [found] if isinstance(found, int) else list(found)
-    return ends if len(ends) == 1 else []
+    return [] if found is None else [found] if isinstance(found, int) else list(found)
 
 
 def capitalised(asking: Asking, samples: Sequence[Sample]) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cltjax.clt_directory import CLTDirectory, Description
+from cltjax.errors import UserError
 
 TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -47,10 +48,11 @@ class CLT:
             names = ("W_enc", "b_enc", "threshold")
             encoder = {name: found[f"{name}_{layer}"] for name in names if f"{name}_{layer}" in found}
             self._encoders[layer] = {
-                name: value.to(device, dtype if name == "W_enc" else torch.float32) for name, value in encoder.items()
+                name: value.to(device, torch.float32) for name, value in encoder.items() if name != "W_enc"
             }
+            self._encoders[layer]["W_enc"] = held(encoder["W_enc"], device, dtype, f"W_enc_{layer}")
             path, name = directory.path / f"W_dec_{layer}.safetensors", f"W_dec_{layer}"
-            self._decoders[layer] = mapped(path, name) if lazy else load_file(path)[name].to(device, dtype)
+            self._decoders[layer] = mapped(path, name) if lazy else held(load_file(path)[name], device, dtype, name)
         biases = load_file(directory.path / "b_dec.safetensors")
         self.b_dec = {t: biases[f"b_dec_{t}"].to(device, torch.float32) for t in self.targets}
 
@@ -62,7 +64,7 @@ class CLT:
         dtype: torch.dtype = torch.float32,
         lazy: bool = False,
     ) -> "CLT":
-        """Load a CLT directory. UserError where it is not whole.
+        """Load a CLT directory. UserError where it is not whole, and where `dtype` cannot hold its weights.
 
         lazy: leave the decoders in their files and read the rows of active features as they are needed, for CLTs that
         are larger than memory.
@@ -127,9 +129,9 @@ class CLT:
         return weighted_sum(rows, values, indices).reshape(shape)
 
     def decoder_rows(self, source: int, indices: Tensor) -> Tensor:
-        """W_dec of the features at `indices` [n]: [n, T_l, D] float32, nearest target first."""
+        """W_dec of the features at `indices` [n]: [n, T_l, D] float32, rounded to `dtype`, nearest target first."""
         W = self._decoders[source]
-        return W[indices.to(W.device)].to(self.device, torch.float32)
+        return W[indices.to(W.device)].to(self.device, self.dtype).float()
 
     def encoder_rows(self, source: int, indices: Tensor) -> Tensor:
         """W_enc of the features at `indices` [n]: [n, D] float32."""
@@ -138,6 +140,14 @@ class CLT:
     def encoder_bias(self, source: int, indices: Tensor) -> Tensor:
         """b_enc of the features at `indices` [n]: [n] float32."""
         return self._encoders[source]["b_enc"][indices]
+
+
+def held(weights: Tensor, device: torch.device, dtype: torch.dtype, name: str) -> Tensor:
+    """The weights there, as `dtype`. UserError where they are too large for float16."""
+    found = weights.to(device, dtype)
+    if dtype == torch.float16 and not found.isfinite().all():
+        raise UserError(f"{name} has weights too large for float16: hold the CLT in bfloat16 or float32")
+    return found
 
 
 def largest(rank: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -39,6 +39,8 @@ class FidelityConfig:
     """What the model computes in; auto is float32 on a CPU and bfloat16 on a GPU."""
     lazy: bool = False
     """Leave the CLT's decoders in their files and read the rows of active features, for CLTs larger than memory."""
+    clt_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What the CLT's encoders and decoders are held in; pre-activations and sums are float32."""
     store: Path | None = None
     """Activation store whose train rows the mean writes are of; else they are taken over train samples here."""
     skip_bad: bool = False
@@ -90,5 +92,7 @@ class GraphsConfig:
     """Take a CLT that was trained on another revision of the model."""
     lazy: bool = False
     """Leave the CLT's decoders in their files and read the rows of active features, for CLTs larger than memory."""
+    clt_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What the CLT's encoders and decoders are held in; pre-activations and sums are float32."""
     out: Path | None = None
     """The JSON file to write; by default CLT_DIR/graphs-<dataset>.json."""

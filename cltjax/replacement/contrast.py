@@ -209,7 +209,7 @@ class _Watched(OnFeatures):
         """[B, V] behind each prompt; the image placeholder is no answer."""
         last = batch["attention_mask"].sum(1) - 1
         places, which = last.unique(return_inverse=True)
-        logits = logits_at(self.vlm, batch, places)[torch.arange(len(last)), which.cpu()].float()
+        logits = logits_at(self.vlm, batch, places.tolist())[torch.arange(len(last)), which.cpu()].float()
         if self.vlm.image_id is not None:
             logits = logits.index_fill(-1, torch.tensor([self.vlm.image_id], device=logits.device), -torch.inf)
         return logits

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from capture.vlm import load
+from capture.vlm import DTYPES, load
 from cltjax.clt_directory import CLTDirectory
 from cltjax.errors import UserError
 from cltjax.files import write_whole
@@ -42,6 +42,7 @@ def write_dashboard(
     split: Split = "test",
     device: str = "auto",
     compute_dtype: str = "auto",
+    clt_dtype: str = "float32",
     other_revision: bool = False,
 ) -> dict[str, Any]:
     """Make the panels, write OUT/dashboard.json and OUT/index.html; returns the data. Arguments: `cltjax dashboard`'s.
@@ -57,7 +58,7 @@ def write_dashboard(
     names = read_labels(labels)
     opened = ActivationStore.open(store)
     vlm = load(model or str(directory.description.model["id"]), compute_dtype, device)
-    loaded = CLT.from_pretrained(clt, vlm.device, lazy=True)
+    loaded = CLT.from_pretrained(clt, vlm.device, DTYPES[clt_dtype], lazy=True)
     check_match(vlm, loaded, other_revision)
     held = hold(loaded, opened, split, max_rows, clt)
     chosen = strongest(held, wanted) if isinstance(wanted, int) else wanted

@@ -54,6 +54,7 @@ def explain(
     device: str = "auto",
     compute_dtype: str = "float32",
     lazy: bool = False,
+    clt_dtype: str = "float32",
     other_revision: bool = False,
 ) -> Graph:
     """Write out/index.html, graph.json (what is shown), graph.safetensors and about.json (all of the graph); print what
@@ -70,7 +71,7 @@ def explain(
     if pixels and picture is None:
         raise UserError("--pixels is about an image: name one with --image")
     vlm = vlms.load(model, compute_dtype, device)
-    loaded = CLT.from_pretrained(clt, vlm.device, lazy=lazy)
+    loaded = CLT.from_pretrained(clt, vlm.device, vlms.DTYPES[clt_dtype], lazy)
     held = None if store is None else hold(loaded, ActivationStore.open(store), max_rows=max_rows, where=clt)
     text = resolve_template(template, vlm.processor).render(prompt, image=picture is not None)
     encoded = vlm.encode(text, picture)
@@ -101,6 +102,7 @@ def explain(
                 "memory": memory,
                 "template": template,
                 "dtype": str(vlm.dtype)[6:],
+                "clt_dtype": clt_dtype,
             },
             "seconds": round(time.monotonic() - began, 1),
         }

@@ -29,7 +29,7 @@ import torch
 
 from capture.prompts import Sample, resolve_template
 from capture.recorder import Batch
-from capture.vlm import load
+from capture.vlm import DTYPES, load
 from cltjax.clt_directory import CLTDirectory
 from cltjax.errors import UserError
 from cltjax.files import write_json
@@ -69,7 +69,7 @@ def evaluate_fidelity(config: FidelityConfig) -> dict[str, Any]:
     vlm = load(config.model, config.compute_dtype, config.device)
     template = resolve_template(config.template, vlm.processor)
     asking = Asking(vlm, template, task, config.batch_size)
-    clt = CLT.from_pretrained(config.clt, vlm.device, lazy=config.lazy)
+    clt = CLT.from_pretrained(config.clt, vlm.device, DTYPES[config.clt_dtype], config.lazy)
     replaced = ReplacementModel(vlm, clt, other_revision=config.other_revision)
     means, of_what = mean_writes(asking, dataset, replaced.covered, config.store)
     models: dict[str, Rewritten | None] = {

@@ -34,7 +34,7 @@ How = Literal["set", "scale", "add", "clamp"]
 Positions = int | slice | Sequence[int] | Literal["all", "image", "text"]
 GRAMMAR = "LAYER:FEATURE[@all|image|text|7|3,5|3:9], then =5.0, *2, +1.5 or -1.5, or =0..2 to clamp"
 HOW = "an intervention sets, scales or adds a number, or clamps to (low, high)"
-WHERE = "they are all, image or text, or numbers from 0 on, or a slice of step 1"
+WHERE = "they are all, image or text, or numbers from 0 on, or a slice of step 1 that has some"
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class Intervention:
         if isinstance(self.positions, str):
             return self.positions in ("all", "image", "text")
         if isinstance(self.positions, slice):
-            bounds = [bound for bound in (self.positions.start, self.positions.stop) if bound is not None]
-            return self.positions.step in (None, 1) and all(bound >= 0 for bound in bounds)
+            start, stop = self.positions.start or 0, self.positions.stop
+            return self.positions.step in (None, 1) and start >= 0 and (stop is None or stop > start)
         return len(self.numbers) > 0 and min(self.numbers) >= 0
 
     @property
@@ -174,11 +174,16 @@ def by_source(interventions: Sequence[Intervention], clt: CLT) -> Mapping[int, l
     return found
 
 
-def check_positions(interventions: Iterable[Intervention], longest: int) -> None:
-    """UserError for a position given by its number that not even a sample of `longest` tokens has."""
+def check_positions(interventions: Iterable[Intervention], longest: int, images: bool) -> None:
+    """UserError for a position given by its number, or a slice, that not even a sample of `longest` tokens has, and for
+    image tokens where no sample has `images`."""
     for one in interventions:
-        if max(one.numbers, default=-1) >= longest:
-            raise UserError(f"{one.layer}:{one.feature}: there is no position {max(one.numbers)} in {longest} tokens")
+        where = one.positions
+        first = where.start or 0 if isinstance(where, slice) else max(one.numbers, default=-1)
+        if first >= longest:
+            raise UserError(f"{one.layer}:{one.feature}: there is no position {first} in {longest} tokens")
+        if isinstance(where, str) and where == "image" and not images:
+            raise UserError(f"{one.layer}:{one.feature}: there are no image tokens in a prompt without an image")
 
 
 def _positions(text: str) -> Positions:

@@ -266,5 +266,4 @@ def _head(vlm: VLM) -> Any:
 
 def _logits(vlm: VLM, batch: Mapping[str, Tensor]) -> Tensor:
     """[V] behind the prompt; gradients pass where they are enabled."""
-    last = torch.tensor([batch["input_ids"].shape[1] - 1], device=vlm.device)
-    return logits_at(vlm, batch, last)[0, -1]
+    return logits_at(vlm, batch, [batch["input_ids"].shape[1] - 1])[0, -1]

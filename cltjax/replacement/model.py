@@ -22,7 +22,7 @@ through values, output projections and norm weights alone.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from cltjax.errors import UserError
 from cltjax.replacement.clt import CLT, Features
 from cltjax.replacement.frozen import Frozen, arguments, record
 from cltjax.replacement.interventions import Change, Intervention, Tokens, by_source, check_positions, intervene, put
+from cltjax.store_format import IMAGE
 
 
 @dataclass
@@ -85,12 +86,16 @@ class Rewritten:
         return output if isinstance(output, Tensor) else output.logits
 
     def generate(self, encoded: list[Encoded], n: int, layers: Sequence[int] | None = None) -> list[list[int]]:
-        """The greedy answers, as `vlm.generate` gives them; `layers` as in `forward`.
+        """The greedy answers, as `vlm.generate` gives them, of 1 to `n` tokens; `layers` as in `forward`.
 
         Attention and norms are free: what a generated token attends to is not known before it is there, and once
         another token was chosen the original has no pattern for it. For a given answer `forward(batch, freeze=True)` of
         prompt and answer (`vlm.extend`) says what would be predicted at each of its tokens.
+
+        UserError where `n` is below 1.
         """
+        if n < 1:
+            raise UserError(f"answers of at most {n} tokens: there must be at least 1 to generate")
         self._prepared(self.vlm.collate(encoded, side="left"), n)
         with self.active(layers):
             return self.vlm.generate(encoded, n)
@@ -243,8 +248,13 @@ class OnFeatures(Rewritten):
 
     def _prepared(self, batch: Mapping[str, Tensor], new: int = 0) -> dict[str, Tensor]:
         placed = super()._prepared(batch, new)
-        real = placed.get("attention_mask", torch.ones_like(placed["input_ids"]))
-        check_positions((one for some in self.interventions.values() for one in some), int(real.sum(1).max()) + new)
+        ids = placed["input_ids"]
+        real = placed.get("attention_mask", torch.ones_like(ids))
+        check_positions(
+            (one for some in self.interventions.values() for one in some),
+            longest=int(real.sum(1).max()) + new,
+            images=bool((self.vlm.modality(ids.cpu()) == IMAGE).any()),
+        )
         return placed
 
     def _reads(self, layers: Sequence[int]) -> list[tuple[str, int]]:
@@ -320,7 +330,8 @@ def check_match(vlm: VLM, clt: CLT, other_revision: bool = False) -> None:
     """UserError where a CLT is not one for this VLM, or is no more than several summed as they are.
 
     Layers, width and class have to be the same; so has the revision where both are known. The model's name may be
-    another: a folder moves.
+    another: a folder moves. Where neither class nor revision is known (an imported CLT), only the name can tell it from
+    one of another model with as many layers of that width: unless that is the same, a line says so.
     """
     about, said = clt.description.model, f"the CLT is of {clt.description.model.get('id')}"
     if clt.description.combined == "none":
@@ -340,3 +351,16 @@ def check_match(vlm: VLM, clt: CLT, other_revision: bool = False) -> None:
             f"{said} at revision {about['revision']}, and {vlm.name} is at {vlm.revision}: load that one, "
             "or say that another revision will do"
         )
+    same = about.get("class") or (known and about.get("revision") == vlm.revision)
+    if not same and about.get("id") != vlm.name:
+        which = f"only the name {about['id']}" if about.get("id") else "no name"
+        say_once(
+            f"this CLT does not say which model it is of: it has {which}, no class and no revision. Its layers and "
+            f"width are those of {vlm.name}, and maybe others': import it with --model {vlm.name} if it is of this one"
+        )
+
+
+@cache
+def say_once(line: str) -> None:
+    """Print a line, the first time; models are made of one CLT again and again."""
+    print(line)

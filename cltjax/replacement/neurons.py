@@ -46,7 +46,7 @@ from torch.nn import functional
 
 from capture.inputs import IMAGE, SPECIAL, TEXT
 from capture.prompts import resolve_template
-from capture.vlm import load
+from capture.vlm import DTYPES, load
 from cltjax.clt_directory import CLTDirectory
 from cltjax.errors import UserError
 from cltjax.files import write_json
@@ -85,6 +85,7 @@ def find_neurons(
     split: Split = "test",
     device: str = "auto",
     compute_dtype: str = "auto",
+    clt_dtype: str = "float32",
     skip_bad: bool = False,
     other_revision: bool = False,
     out: Path | None = None,
@@ -108,7 +109,7 @@ def find_neurons(
     rules, limits = trained_rules(directory)
     data, samples = held_out(dataset, image_dir, split, max_samples, skip_bad)
     vlm = load(model, compute_dtype, device)
-    loaded = CLT.from_pretrained(clt, vlm.device, lazy=True)
+    loaded = CLT.from_pretrained(clt, vlm.device, DTYPES[clt_dtype], lazy=True)
     check_match(vlm, loaded, other_revision)
     held = HeldOut(
         vlm,
@@ -124,6 +125,7 @@ def find_neurons(
     figures: dict[str, Any] = {
         "settings": {
             "clt": str(clt),
+            "clt_dtype": clt_dtype,
             "features": features,
             "image_dir": None if image_dir is None else str(image_dir),
             "top": top,

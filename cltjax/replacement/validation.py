@@ -39,7 +39,7 @@ from torch import Tensor
 
 from capture.prompts import resolve_template
 from capture.recorder import encoder
-from capture.vlm import load
+from capture.vlm import DTYPES, load
 from cltjax.errors import UserError
 from cltjax.files import write_json
 from cltjax.replacement.asking import held_out
@@ -76,7 +76,7 @@ def validate(config: GraphsConfig) -> dict[str, Any]:
         raise UserError(f"--through {config.through}: no feature in --labels {config.labels} is named so")
     dataset, samples = held_out(config.dataset, config.image_dir, config.split, config.graphs, config.skip_bad)
     vlm = load(config.model, config.compute_dtype, config.device)
-    clt = CLT.from_pretrained(config.clt, vlm.device, lazy=config.lazy)
+    clt = CLT.from_pretrained(config.clt, vlm.device, DTYPES[config.clt_dtype], config.lazy)
     encode = encoder(vlm, resolve_template(config.template, vlm.processor))
     columns: list[Column] = []
     for done, sample in enumerate(samples, start=1):
@@ -246,11 +246,10 @@ def patch_drops(local: Local, graph: Graph, rng: np.random.Generator) -> Column:
         return changed
 
     batch = repeated(local, len(without))
-    last = torch.tensor([len(ids) - 1], device=local.vlm.device)
     with ExitStack() as stack:
         for layer in embedded:
             stack.enter_context(entered(local.vlm, partial(enter, layer), layer))
-        logits = logits_at(local.vlm, batch, last)[:, -1].float().log_softmax(-1)
+        logits = logits_at(local.vlm, batch, [len(ids) - 1])[:, -1].float().log_softmax(-1)
     drops = (logits[0].max() - logits[:, logits[0].argmax()]).double().cpu().numpy()
     found: Column = {("drop", "all"): drops[1], "with image": 1.0}
     for i, share in enumerate(SHARES):
