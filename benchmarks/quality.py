@@ -52,7 +52,10 @@ SEEDS = (0, 1, 2)
 KS = (2, 4, 8, 16)
 # The rules that a penalty steers: the weight of it by learning rate that gives about 16 active features, and how many
 # times as much gives as many as KS.
-PENALTIES = {"jumprelu": {2e-3: 2.2e-4, 4e-3: 4e-5, 8e-3: 2e-5}, "relu": {2e-3: 8e-3, 4e-3: 6e-3, 8e-3: 5e-3}}
+PENALTIES = {
+    "jumprelu": {2e-3: 3.6e-4, 4e-3: 6e-5, 8e-3: 2e-5},
+    "relu": {2e-3: 1.4e-2, 4e-3: 4.5e-3, 8e-3: 2.2e-3},
+}
 STRONGER = {"jumprelu": (40, 18, 5, 1), "relu": (11, 5, 2.4, 1)}
 # Most active features of a training token and source, for the rules under which the number varies. Not a bound on what
 # is measured: figures are under the thresholds alone.

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from cltjax.axes import zeros
-from cltjax.decode import UNROLL
+from cltjax.sparse_products import scatter_sum
 
 
 def pre_activations(W_enc: jax.Array, b_enc: jax.Array, x: jax.Array, dtype: str = "float32") -> jax.Array:
@@ -39,19 +39,13 @@ def _forward(W_enc: jax.Array, b_enc: jax.Array, x: jax.Array, pre: jax.Array, i
 
 def _backward(saved: tuple[jax.Array, jax.Array, jax.Array], gradient: jax.Array):
     W_enc, x, indices = saved
-    S, F, D = W_enc.shape
+    S, F, _ = W_enc.shape
 
-    def one_source(x: jax.Array, indices: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-        def add(total: jax.Array, active: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-            value, index = active
-            return total.at[index].add(value[:, None] * x, mode="drop"), None
+    def one_source(s: int) -> tuple[jax.Array, jax.Array]:
+        b_gradient = zeros((F,), W_enc, gradient).at[indices[s]].add(gradient[s], mode="drop")
+        return scatter_sum(gradient[s], indices[s], x[:, s], F), b_gradient
 
-        start = zeros((F, D), W_enc, gradient)
-        W_gradient = jax.lax.scan(add, start, (gradient.T, indices.T), unroll=UNROLL)[0]
-        b_gradient = zeros((F,), W_enc, gradient).at[indices].add(gradient, mode="drop")
-        return W_gradient, b_gradient
-
-    found = [one_source(x[:, s], indices[s], gradient[s]) for s in range(S)]
+    found = [one_source(s) for s in range(S)]
     return jnp.stack([W for W, _ in found]), jnp.stack([b for _, b in found]), None, None, None
 
 

@@ -22,6 +22,9 @@ import jax.numpy as jnp
 from cltjax.axes import Axes, shards, total, varying_like
 
 RANKED_BY_NORM = ("topk_joint", "batchtopk")
+# Neighbours whose maximum is looked at first, and how many times k a row has to be for that to be faster. On two CPU
+# cores, k = 32: 61 instead of 128 ms for 2048 rows of 32768, 75 instead of 105 for 4096 of 8192; of 1024 no gain.
+RUN, LONG = 16, 256
 LARGEST_FLOAT = 0x7F800000  # the bits of infinity; those of non-negative floats are ordered as the floats are
 
 
@@ -41,15 +44,31 @@ def candidates(rank: jax.Array, slots: int, axis: str | None = None) -> Candidat
     """
     features = rank.shape[-1]
     own = min(slots, features)
-    best, places = whole_top_k(rank, own)
+    best, places = top_k(rank, own)
     if shards(axis) == 1:
         return Candidates(best, places)
     assert axis is not None
     gathered = jax.lax.all_gather(best, axis, axis=rank.ndim - 1, tiled=True)  # in shard order: ties stay right
-    best, winners = whole_top_k(gathered, slots)
+    best, winners = top_k(gathered, slots)
     mine = winners - jax.lax.axis_index(axis) * own
     here = (mine >= 0) & (mine < own)
     return Candidates(best, jnp.where(here, jnp.take_along_axis(places, jnp.where(here, mine, 0), -1), features))
+
+
+def top_k(rank: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """`lax.top_k` over the last axis, ties included; of long rows by way of their runs' maxima.
+
+    The k largest lie in the k runs of neighbours whose maxima are the largest: whatever is before a run's largest in
+    the order (larger, or equal and at a lower index) is, for runs that rank higher, at least one number each.
+    """
+    if rank.shape[-1] < LONG * k or rank.shape[-1] % RUN:
+        return whole_top_k(rank, k)
+    runs = rank.reshape(*rank.shape[:-1], -1, RUN)
+    chosen = jnp.sort(whole_top_k(runs.max(-1), k)[1], axis=-1)  # ascending: of equal numbers the lowest index wins
+    members = jnp.take_along_axis(runs, chosen[..., None], -2, mode="promise_in_bounds")
+    best, places = whole_top_k(members.reshape(*rank.shape[:-1], k * RUN), k)
+    run = jnp.take_along_axis(chosen, places // RUN, -1, mode="promise_in_bounds")
+    return best, run * RUN + places % RUN
 
 
 def whole_top_k(rank: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
