@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from cltjax.allocator import keep_freed_memory
+from cltjax.allocator import keep_freed_memory, will_use_cpu
 from cltjax.batches import Batch, Batches, drawn_apart, read_ahead, row_batches, sample_rows, trained_mix
 from cltjax.checkpoint import (
     METRICS,
@@ -194,6 +194,8 @@ def train(config: TrainConfig, stop_after: int | None = None) -> Path:
 
     stop_after: leave after so many steps, without a last checkpoint, as a kill would (for tests).
     """
+    if will_use_cpu():
+        keep_freed_memory()
     start(config.processes)
     with together():
         store = ActivationStore.open(config.store)
@@ -201,8 +203,6 @@ def train(config: TrainConfig, stop_after: int | None = None) -> Path:
         mesh = make_mesh(config.mesh)
         check_divides(mesh, config.batch_size, config.microbatches)
         check_features(mesh, config.model.features)
-    if mesh.devices.flat[0].platform == "cpu":
-        keep_freed_memory()
     run = config.out or Path("runs") / wiring.name
     config = dataclasses.replace(config, layer=spell_layers(wiring.sources), out=run, warmup=config.warmup_steps)
     agree("other options", as_json(dataclasses.replace(config, **ONE_PROCESS)))

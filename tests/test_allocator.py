@@ -2,8 +2,15 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from importlib import metadata, util
 
+import jax
 import pytest
+
+from cltjax import training
+from cltjax.allocator import will_use_cpu
+from cltjax.config import TrainConfig
 
 STEPS = 11
 SIZE = 3001  # glibc always maps what is larger than 32 MiB
@@ -34,3 +41,45 @@ def test_temporaries_of_a_step_are_not_mapped_again():
 
     assert faults_a_step("leave") > PAGES  # what it is for: if this fails, it is needed no longer
     assert faults_a_step("keep") < PAGES
+
+
+@pytest.fixture
+def asked_for() -> Iterator[Callable[[str | None], None]]:
+    """Sets jax's platforms for the time of a test."""
+    before = getattr(jax.config, "jax_platforms", None)
+    yield lambda platforms: jax.config.update("jax_platforms", platforms)
+    jax.config.update("jax_platforms", before)
+
+
+@pytest.mark.parametrize("platforms, cpu", [("cpu", True), ("cuda,cpu", False), ("cpu,cuda", True)])
+def test_the_platform_that_was_asked_for(asked_for: Callable[[str | None], None], platforms: str, cpu: bool):
+    asked_for(platforms)
+    assert will_use_cpu() == cpu
+
+
+def test_without_a_plugin_jax_computes_on_the_cpu(
+    asked_for: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch
+):
+    asked_for(None)
+    monkeypatch.setattr(metadata, "entry_points", lambda group: ())
+    monkeypatch.setattr(util, "find_spec", lambda name: None)
+    assert will_use_cpu()
+    monkeypatch.setattr(metadata, "entry_points", lambda group: ("cuda12",))
+    assert not will_use_cpu()
+
+
+def test_training_sets_it_before_jax_starts(monkeypatch: pytest.MonkeyPatch):
+    class StartedError(Exception):
+        pass
+
+    done = []
+
+    def start(_: object) -> None:
+        raise StartedError
+
+    monkeypatch.setattr(training, "will_use_cpu", lambda: True)
+    monkeypatch.setattr(training, "keep_freed_memory", lambda: done.append(True))
+    monkeypatch.setattr(training, "start", start)
+    with pytest.raises(StartedError):
+        training.train(TrainConfig(layer="0"))
+    assert done
