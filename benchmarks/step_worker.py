@@ -1,10 +1,11 @@
 """A process that does training steps when it is told to, for benchmarks/train_step.py.
 
-    python -m benchmarks.step_worker ours|dense D F T k B float32|bfloat16
+    python -m benchmarks.step_worker ours|dense D F T k B S float32|bfloat16
 
 Each line of its input is a JSON list, a method's name and its arguments; each line of its output what that gives.
 """
 
+import dataclasses
 import json
 import resource
 import statistics
@@ -19,7 +20,7 @@ Times = list[float]
 class Dense:
     """The dense PyTorch step."""
 
-    def __init__(self, D: int, F: int, T: int, k: int, B: int, dtype: str) -> None:
+    def __init__(self, D: int, F: int, T: int, k: int, B: int, S: int, dtype: str) -> None:
         import torch
 
         from benchmarks.dense_step import DenseStep
@@ -42,9 +43,9 @@ class Dense:
 
 
 class Ours:
-    """cltjax's own step: one source layer that reads layer 0 and writes to T layers, topk."""
+    """cltjax's own step, topk: S sources from layer 0 on that write to their own and later layers, T at most."""
 
-    def __init__(self, D: int, F: int, T: int, k: int, B: int, dtype: str) -> None:
+    def __init__(self, D: int, F: int, T: int, k: int, B: int, S: int, dtype: str) -> None:
         import jax
         import jax.numpy as jnp
         import numpy as np
@@ -52,24 +53,27 @@ class Ours:
         from cltjax import step
         from cltjax.allocator import keep_freed_memory, will_use_cpu
         from cltjax.config import ModelConfig, TrainConfig
+        from cltjax.estimate import ModelShape
         from cltjax.normalisation import Normalisation
         from cltjax.wiring import wire
 
         if will_use_cpu():
             keep_freed_memory()  # as train.py does
-        self.shape = D, F, T, k, B
+        self.shape = F, k, B, S
         model = ModelConfig(features=F, k=k, activation="topk")
-        options: dict[str, Any] = {"layer": "0", "offset": 0, "n_targets": T, "batch_size": B, "dtype": dtype}
+        layer = f"0-{S - 1}" if S > 1 else "0"
+        options: dict[str, Any] = {"layer": layer, "offset": 0, "n_targets": T, "batch_size": B, "dtype": dtype}
         self.config = TrainConfig(**options, model=model)
-        wiring = wire("0", T, 0, T)
-        noise, on_mean = np.random.default_rng(0), np.zeros((T, D), np.float32)
-        scales = Normalisation(on_mean[:1], np.ones(1, np.float32), on_mean, np.ones(T, np.float32))
+        self.model_shape = ModelShape(max(S, T), D, dtype)
+        wiring = wire(layer, max(S, T), 0, T)
+        noise, on_mean = np.random.default_rng(0), np.zeros((max(S, T), D), np.float32)
+        scales = Normalisation(on_mean[:S], np.ones(S, np.float32), on_mean, np.ones(len(on_mean), np.float32))
         mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
         begun = time.perf_counter()
         initial = jax.jit(lambda: step.initial_state(self.config, wiring, scales))()
         self.state = jax.device_put(initial, step.shardings(initial, mesh))
-        self.x = jnp.asarray(noise.normal(size=(1, B, 1, D)), jnp.dtype(dtype))
-        self.y = jnp.asarray(noise.normal(size=(1, B, T, D)), jnp.dtype(dtype))
+        self.x = jnp.asarray(noise.normal(size=(1, B, S, D)), jnp.dtype(dtype))
+        self.y = jnp.asarray(noise.normal(size=(1, B, len(wiring.targets), D)), jnp.dtype(dtype))
         made = step.make_step(self.config, step.graph_of(self.config, wiring, scales), mesh)
         self.compiled = made.lower(self.state, self.x, self.y, ()).compile()  # type: ignore[attr-defined]
         self.optimiser = step.make_optimiser(self.config)
@@ -92,43 +96,33 @@ class Ours:
 
     def memory(self) -> dict[str, int]:
         """Bytes that the compiled step needs at once, arguments included; what the bar allows; the process's."""
-        _, F, _, _, B = self.shape
+        F, _, B, S = self.shape
         found = self.compiled.memory_analysis()
         held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
         sizes = sum(leaf.size for leaf in self.jax.tree.leaves(self.state.parameters))
         batch = self.x.nbytes + self.y.nbytes
         return {
             "peak": held + found.temp_size_in_bytes,
-            "allowed": 16 * sizes + 3 * (batch + 4 * B * F),
+            "allowed": 16 * sizes + 3 * (batch + 4 * B * S * F),
             "resident": resident(),
         }
 
     def rates(self) -> dict[str, float]:
-        """What this machine does: FLOP/s of a large matrix product, bytes/s of reading and writing a large array."""
-        jax = self.jax
-        n = 4096 if jax.default_backend() == "cpu" else 8192
-        a = jax.numpy.ones((n, n), self.config.dtype)
-        product = jax.jit(lambda a: jax.lax.dot(a, a, preferred_element_type="float32"))
-        numbers = jax.numpy.ones(1 << 26)
-        scaled = jax.jit(lambda a: a * 1.5 + 1, donate_argnums=0)
-        moved: Times = []
-        for _ in range(12):
-            begun = time.perf_counter()
-            numbers = jax.block_until_ready(scaled(numbers))
-            moved.append(time.perf_counter() - begun)
-        flops = 2 * n**3 / min(timed(lambda: product(a).block_until_ready()) for _ in range(6))
-        return {"flops": flops, "bandwidth": 8 * numbers.size / min(moved)}
+        """What this machine does (cltjax/rates.py)."""
+        from cltjax.rates import measure
+
+        return dataclasses.asdict(measure(self.config, self.model_shape))
 
     def parts(self, n: int) -> dict[str, float]:
-        """Median seconds of each part of a step, compiled and run by itself. Sums of parts and step differ: XLA fuses
-        across parts, and parts write what a step keeps."""
+        """Median seconds of each part of a step of one source, compiled and run by itself. Sums of parts and step
+        differ: XLA fuses across parts, and parts write what a step keeps."""
         jax = self.jax
         from cltjax.decode import decode_source
         from cltjax.encode import pre_activations
         from cltjax.sparse_products import gather_dot, scatter_sum
         from cltjax.sparsity import top_k
 
-        dtype, k = self.config.dtype, self.shape[3]
+        dtype, k = self.config.dtype, self.shape[1]
         W_enc, b_enc = (self.state.parameters[name][...] for name in ("W_enc", "b_enc"))
         W_dec = self.state.parameters["W_dec"]["0"][...]
         x, y = self.x[0].astype("float32"), self.y[0].astype("float32")
@@ -151,7 +145,7 @@ class Ours:
             return scatter_sum(a, i, error, len(W)), gather_dot(W.astype(dtype), error, i)
 
         gradient, _ = measure("decode backward", backward, W_dec, values, indices, y)
-        F = self.shape[1]
+        F = self.shape[0]
         of_encoder = measure("encode backward", lambda a, i, x: scatter_sum(a, i, x[:, 0], F), values, indices, x)
         parameters = {"W_enc": of_encoder, "W_dec": gradient}
         moments = self.optimiser.init(parameters)

@@ -20,7 +20,7 @@ import numpy as np
 from cltjax.config import DataConfig
 from cltjax.errors import UserError
 from cltjax.store import ActivationStore
-from cltjax.store_format import DTYPES, IMAGE
+from cltjax.store_format import IMAGE
 from cltjax.tokens import TokenRules
 
 Item = TypeVar("Item")
@@ -30,7 +30,11 @@ MOST_PAGE_ROWS, FEWEST_PAGE_ROWS, ENOUGH_PAGES = 256, 16, 32
 
 
 class Batch(NamedTuple):
-    """Raw rows as stored: x [B, S, D] at the sources, y [B, T, D] at the targets."""
+    """Raw rows as stored: x [B, S, D] at the sources, y [B, T, D] at the targets.
+
+    Of an int8 store `Batches` returns [.., D + 4] int8 as ActivationStore.read_packed does, a quarter of what has to
+    get to the device as float32: the step unpacks it there. All else here returns float32.
+    """
 
     x: np.ndarray
     y: np.ndarray
@@ -100,6 +104,9 @@ class Stream:
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="buffer")
         self.buffers: dict[int, Future[Held]] = {}
         self.whole: Batch | None = None
+        # Of the last buffer with an even number, and with an odd one: as each is dropped before the next but one is
+        # read, and batches are copies, its memory serves again. New memory costs as much time as reading into it.
+        self.memory: list[Batch | None] = [None, None]
 
     def __call__(self, step: int) -> list[Batch]:
         """The needed rows of one step, in pieces that follow one another."""
@@ -125,13 +132,23 @@ class Stream:
         if self.order.per_epoch == 1 and self.needed.all():
             # Every buffer holds the same rows: all there are.
             if self.whole is None:
-                self.whole = read_rows(self.store, self.sources, self.targets, rows)
+                self.whole = self._read_rows(rows, number)
             return Held(visit, self.whole)
         needed = self.needed[(self.order.first(number) + np.arange(len(rows))) % len(self.needed)]
         kept = np.zeros(len(rows), bool)
         kept[visit[needed]] = True
         place = np.cumsum(kept) - 1
-        return Held(place[visit], read_rows(self.store, self.sources, self.targets, rows[kept]))
+        return Held(place[visit], self._read_rows(rows[kept], number))
+
+    def _read_rows(self, rows: np.ndarray, number: int) -> Batch:
+        layers, memory = (self.sources, self.targets), self.memory[number % 2]
+        if memory is None or len(memory.x) < len(rows):
+            memory = Batch(*(np.empty(*self.store.packed_shape(len(rows), some)) for some in layers))
+            self.memory[number % 2] = memory
+        found = Batch(memory.x[: len(rows)], memory.y[: len(rows)])
+        for which, some, out in zip(("site", "mlp_out"), layers, found, strict=True):
+            self.store.read_packed(which, rows, some, out)
+        return found
 
     def close(self) -> None:
         """Stop reading ahead."""
@@ -158,9 +175,8 @@ class Batches:
         positions: [b] which of the `batch_size` rows of every batch are returned, in that order; by default all. No
         others are read, and what lies at a position does not depend on it. UserError where rows are lacking.
         """
-        # int8 is read as float32.
-        item = 4 if store.dtype == "int8" else DTYPES[store.dtype].itemsize
-        row_bytes = (len(sources) + len(targets)) * store.d_model * item
+        (*_, width), dtype = store.packed_shape(1, sources)
+        row_bytes = (len(sources) + len(targets)) * width * dtype.itemsize
         # One buffer in use and one that is read; the streams share in them as they share in a batch.
         most_rows = (data.buffer_mib << 20) // 2 // row_bytes
         everywhere = np.arange(batch_size)

@@ -74,12 +74,18 @@ class Estimate:
     flops: float | None = None
     """FLOP/s of a device in matrix products; by default 4e14 for --dtype bfloat16 and 6.7e13 for float32, which we
     assume of an H100."""
-    bandwidth: float = Rates.bandwidth
-    """Bytes/s between a device and its memory; the default is assumed of an H100."""
-    link: float = Rates.link
-    """Bytes/s that a device sends to others; the default is NVLink's of an H100."""
+    bandwidth: float | None = None
+    """Bytes/s between a device and its memory; by default 3e12, assumed of an H100."""
+    gather: float | None = None
+    """Bytes/s of rows at random places; by default the bandwidth."""
+    select: float | None = None
+    """Numbers/s that top-k goes through; by default a 64th of the bandwidth, as if it sorted."""
+    link: float | None = None
+    """Bytes/s that a device sends to others; by default 4.5e11, NVLink's of an H100."""
+    measure: bool = False
+    """Measure the rates on this machine, in some seconds, instead of assuming them (all but --link)."""
     tokens_per_s: float | None = None
-    """Rate to say the store's for; by default the fastest that the estimate allows."""
+    """Rate to say the store's for; by default the predicted one."""
     json: bool = False
     """Print JSON."""
 
@@ -413,14 +419,32 @@ def say_cost(options: Estimate) -> None:
     """Print what a training run needs."""
     if options.tokens_per_s is not None and not options.tokens_per_s > 0:
         raise UserError(f"--tokens-per-s {options.tokens_per_s} must be above 0")
-    flops = assumed_rates(options.train.dtype).flops if options.flops is None else options.flops
-    cost = estimate(options.train, shape_of(options), Rates(flops, options.bandwidth, options.link))
+    shape = shape_of(options)
+    cost = estimate(options.train, shape, rates_of(options, shape))
     if options.json:
         print(json.dumps(as_json(cost, options.tokens_per_s), indent=2))
     else:
-        show_cost(cost, options.tokens_per_s)
+        show_cost(cost, options.tokens_per_s, options.measure)
         if options.train.given:
             print("the frozen runs of --given are not counted")
+
+
+def rates_of(options: Estimate, shape: ModelShape) -> Rates:
+    """A device's rates: those named, and for the others what is measured here, or assumed."""
+    config = options.train
+    if options.measure:
+        config.check()
+        from cltjax.allocator import keep_freed_memory, will_use_cpu
+
+        if will_use_cpu():
+            keep_freed_memory()  # as train.py does
+        from cltjax.rates import measure
+
+        rates = measure(config, shape)
+    else:
+        rates = assumed_rates(config.dtype, Rates.bandwidth if options.bandwidth is None else options.bandwidth)
+    named = {name: getattr(options, name) for name in ("flops", "bandwidth", "gather", "select", "link")}
+    return dataclasses.replace(rates, **{name: rate for name, rate in named.items() if rate is not None})
 
 
 def shape_of(options: Estimate) -> ModelShape:

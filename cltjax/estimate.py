@@ -4,13 +4,14 @@ Letters: S sources, T targets, P (source, target) pairs, F features, D width, C 
 that are decoded), n tokens of a device's step, b of them in a microbatch. On a mesh DATAxMODEL tokens are split over
 DATA and features over MODEL: weights, moments and gradients are split over MODEL and repeated over DATA.
 
-Times are a roofline: each part of a step takes its arithmetic or its memory traffic, whichever is longer, at rates that
-are assumed and shown, and one part follows the other. No efficiency is made up. Traffic is counted twice:
-  once      a part moves each number that it needs once (once a microbatch, where it comes again) and no more: the
-            times are a lower bound (a little lower yet where many features are active on no token of a microbatch)
-  no cache  the decoder rows of a token's active features are fetched for that token alone, and what it adds to their
-            gradients (and to the encoder's) is read and written for it alone
-docs/training.md says how to read the result, and what is left out.
+Times are a roofline: each part of a step takes its arithmetic or its memory traffic, whichever is longer, and one part
+follows the other. The rates are a device's, assumed or measured (cltjax/rates.py), and shown; no efficiency is made up.
+Traffic is counted twice:
+  at least   a part moves each number that it needs once (once a microbatch, where it comes again), at the bandwidth:
+             a lower bound (a little lower yet where many features are active on no token of a microbatch)
+  predicted  a part moves what the code moves (cltjax/sparse_products.py), neighbours at the bandwidth, the rows of
+             active features at the rate of rows at random places; top-k goes through numbers at a rate of its own
+docs/training.md says how to read the result, and what is left out; docs/scaling.md how near it comes.
 """
 
 import dataclasses
@@ -36,6 +37,9 @@ WEIGHT = 4  # bytes of a float32: weights, moments, gradients, pre-activations, 
 OPTIMISER_FLOPS = 19
 # The global norm reads the gradient; the update reads weight, two moments, gradient and writes weight, two moments.
 OPTIMISER_BYTES = 8 * WEIGHT
+UNROLL = 2  # of the loops in cltjax/sparse_products.py, which imports jax
+# What a radix sort of a number and its place moves: 8 bytes read and 8 written, four times.
+SORT_BYTES = 64
 
 
 @dataclass(frozen=True)
@@ -50,19 +54,27 @@ class ModelShape:
 @dataclass(frozen=True)
 class Rates:
     """Of one device. The defaults are assumed of an H100: a matrix product in bfloat16 as it is achieved rather than
-    as the data sheet has it (989e12), memory below the data sheet (3.35e12), NVLink as there (900e9, half each way)."""
+    as the data sheet has it (989e12), memory below the data sheet (3.35e12), rows at random places no slower, top-k as
+    if it sorted, NVLink as in the data sheet (900e9, half each way)."""
 
     flops: float = 400e12
     """FLOP/s."""
     bandwidth: float = 3e12
-    """Bytes/s between its memory and its processor."""
+    """Bytes/s between its memory and its processor, neighbours after neighbours."""
+    gather: float = 3e12
+    """Bytes/s of rows at random places: decoder rows of active features, and what is added to their gradients."""
+    select: float = 3e12 / SORT_BYTES
+    """Numbers/s that top-k goes through."""
     link: float = 450e9
     """Bytes/s that it sends to other devices."""
+    by_row: bool = False
+    """Whether sparse products go by row, as on a CPU, or in a loop over slots."""
 
 
-def assumed_rates(dtype: str) -> Rates:
+def assumed_rates(dtype: str, bandwidth: float = Rates.bandwidth) -> Rates:
     """An H100's. float32 products are not rounded to TF32: the data sheet gives 67e12 FLOP/s for them."""
-    return Rates() if dtype == "bfloat16" else Rates(flops=67e12)
+    flops = Rates.flops if dtype == "bfloat16" else 67e12
+    return Rates(flops, bandwidth, gather=bandwidth, select=bandwidth / SORT_BYTES)
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,7 @@ class Sizes:
     S: int
     T: int
     P: int
+    most: int  # targets of a source
     F: int
     D: int
     C: int  # AuxK's included
@@ -90,13 +103,16 @@ class Part:
 
     name: str
     flops: int
-    once: int
-    no_cache: int
+    once: int  # bytes, each number that it needs once
+    streamed: int  # bytes that the code moves, neighbours after neighbours
+    gathered: int = 0  # bytes that it moves beside these, in rows at random places
+    selected: int = 0  # numbers that top-k goes through
 
-    def seconds(self, rates: Rates, no_cache: bool = False) -> float:
-        """Arithmetic or traffic, whichever takes longer."""
+    def seconds(self, rates: Rates, least: bool = False) -> float:
+        """Arithmetic or traffic, whichever takes longer. least: a lower bound."""
         rate = rates.link if self.name == "exchange" else rates.bandwidth
-        return max(self.flops / rates.flops, (self.no_cache if no_cache else self.once) / rate)
+        moving = self.streamed / rate + self.gathered / rates.gather + self.selected / rates.select
+        return max(self.flops / rates.flops, self.once / rate if least else moving)
 
 
 @dataclass(frozen=True)
@@ -120,16 +136,16 @@ class Cost:
     features: int
     slots: int
 
-    def step_seconds(self, no_cache: bool = False) -> float:
-        """Time of a step, part after part."""
-        return sum(part.seconds(self.rates, no_cache) for part in self.parts)
+    def step_seconds(self, least: bool = False) -> float:
+        """Time of a step, part after part. least: a lower bound."""
+        return sum(part.seconds(self.rates, least) for part in self.parts)
 
 
 def estimate(config: TrainConfig, shape: ModelShape, rates: Rates) -> Cost:
     """What `config` needs on a model of this shape. UserError where they do not go together."""
     config.check()
     for name, value in {"d-model": shape.d_model, **dataclasses.asdict(rates)}.items():
-        if not value > 0:
+        if name != "by_row" and not value > 0:
             raise UserError(f"--{name} {value} must be above 0")
     wiring = wire(config.layer, shape.n_layers, config.offset, config.n_targets)
     z = sizes(config, shape, wiring)
@@ -151,7 +167,7 @@ def estimate(config: TrainConfig, shape: ModelShape, rates: Rates) -> Cost:
         parameters=parameters,
         memory=memory(z, config, own),
         flops_per_token=flops_per_token(z, config),
-        parts=parts(z, config, own),
+        parts=parts(z, config, own, rates.by_row),
         rates=rates,
         store_bytes_per_token=(z.S + z.T) * z.D * stored,
         store_bytes_per_row=2 * len(layers) * z.D * stored,
@@ -182,6 +198,7 @@ def sizes(config: TrainConfig, shape: ModelShape, wiring: Wiring) -> Sizes:
         S=len(wiring.sources),
         T=len(wiring.targets),
         P=len(wiring.pairs),
+        most=max(len(wiring.targets_of(source)) for source in wiring.sources),
         F=config.model.features,
         D=shape.d_model,
         C=slots_of(config.model) + auxk,
@@ -190,7 +207,7 @@ def sizes(config: TrainConfig, shape: ModelShape, wiring: Wiring) -> Sizes:
         model=model,
         tokens=config.batch_size // data,
         microbatches=config.microbatches,
-        held=WEIGHT if shape.dtype == "int8" else DTYPES[shape.dtype].itemsize,  # int8 is read as float32
+        held=DTYPES[shape.dtype].itemsize,
         computed=2 if config.dtype == "bfloat16" else WEIGHT,
     )
 
@@ -204,20 +221,23 @@ def memory(z: Sizes, config: TrainConfig, own: int) -> dict[str, int]:
     """Bytes on one device while it does a step; `own` parameters lie on it."""
     S, T, D, C, M = z.S, z.T, z.D, z.C_start, z.model
     b = z.tokens // z.microbatches
-    # Of size [S, b, F]: x W_enc and its sum with b_enc, then pre-activations and ranks; AuxK's; a dense gradient.
-    dense = 2 + 2 * bool(config.sparsity.auxk) + bool(config.sparsity.revive)
+    # Of size [S, b, F]: x W_enc and its sum with b_enc, then pre-activations and ranks; AuxK's.
+    dense = 2 + 2 * bool(config.sparsity.auxk)
+    pre = dense * WEIGHT * S * b * z.F // M
+    # XLA keeps one of its decoder gradients twice, before and after a mean over microbatches.
+    gradients = WEIGHT * (own + z.most * z.F * D // M)
     gathered = WEIGHT * S * b * M * min(C, z.F // M) if M > 1 else 0
     found = {
         "weights": WEIGHT * own,
         "Adam moments": 2 * WEIGHT * own,
-        "gradients": WEIGHT * own,
+        # No gradient needs all pre-activations: when there are gradients, these are gone.
+        "pre-activations, then gradients": max(pre, gradients),
         "gradients of a microbatch": WEIGHT * own if z.microbatches > 1 else 0,
         "weights in bfloat16": 2 * (S + z.P) * z.F * D // M if z.computed == 2 else 0,
         "batch x, y, and the next": 2 * z.tokens * (S + T) * D * z.held,
         "x normalised": b * S * D * (WEIGHT + (z.computed if z.computed != WEIGHT else 0)),
-        "pre-activations": dense * WEIGHT * S * b * z.F // M,
         "candidates": 3 * WEIGHT * S * b * C + gathered,  # values, indices, gradients
-        "y normalised, y_hat, its gradient": (5 if config.sparsity.auxk else 3) * WEIGHT * b * T * D,
+        "y normalised, y_hat": (4 if config.sparsity.auxk else 2) * WEIGHT * b * T * D,
         "counters, constants": 2 * WEIGHT * S * z.F // M + WEIGHT * constants(z),
     }
     return {name: size for name, size in found.items() if size}
@@ -237,31 +257,44 @@ def flops_per_token(z: Sizes, config: TrainConfig) -> dict[str, int]:
     }
 
 
-def parts(z: Sizes, config: TrainConfig, own: int) -> tuple[Part, ...]:
-    """A step on one device, part by part."""
+def parts(z: Sizes, config: TrainConfig, own: int, by_row: bool) -> tuple[Part, ...]:
+    """A step on one device, part by part. by_row: which way sparse products go."""
     n, times, M = z.tokens, z.microbatches, z.model
     encoder, decoder = z.S * z.F * z.D // M, z.P * z.F * z.D // M  # weights
-    pre = WEIGHT * n * z.S * z.F // M
+    pre = n * z.S * z.F // M
     x, y, y_hat = n * z.S * z.D * z.held, n * z.T * z.D * z.held, n * z.T * z.D * WEIGHT
-    # Weights of the features that are active on each token: a device has 1 in M of them.
-    active, active_encoder = n * z.C * z.P * z.D // M, n * z.C * z.S * z.D // M
-    rows = z.computed * active
-    rows_once = min(rows, z.computed * decoder * times)
+    # Weights in the rows of all slots, and of the features that this device has: 1 in M of them.
+    slots = n * z.C * z.P * z.D
+    active, active_encoder = slots // M, n * z.C * z.S * z.D // M
+    rows_once = min(z.computed * active, z.computed * decoder * times)
     flops = {name: n * number // M for name, number in flops_per_token(z, config).items()}
 
-    def part(name: str, flops: int, once: int, no_cache: int | None = None) -> Part:
-        return Part(name, flops, once, once if no_cache is None else no_cache)
+    # Bytes of going once through a float32 for each number of these rows, a few slots a turn: a loop goes through the
+    # slots of other devices' features too.
+    turns = WEIGHT * slots // UNROLL
 
-    found = [
-        part("encode", flops["encode"], x + z.computed * encoder * times + pre),
-        part("select", 0, (2 if config.sparsity.auxk else 1) * pre),
-        part("decode", flops["decode"], y + y_hat + rows_once, y + y_hat + rows),
-    ]
-    written = y_hat + WEIGHT * decoder * times  # reads the error, writes a gradient for every weight
-    added = 2 * WEIGHT * active  # a gradient is read and written for every token that adds to it
-    found.append(part("decode backward", flops["decode backward"], written + rows_once, written + rows + added))
+    def part(
+        name: str, flops: int, once: int, streamed: int | None = None, gathered: int = 0, selected: int = 0
+    ) -> Part:
+        return Part(name, flops, once, once if streamed is None else streamed, gathered, selected)
+
+    found = [part("encode", flops["encode"], x + z.computed * encoder * times + WEIGHT * pre)]
+    passed = (2 if config.sparsity.auxk else 1) * pre
+    found.append(part("select", 0, WEIGHT * passed, selected=passed))
+    # Either way a loop, whose sum is read and written in every turn.
+    streamed = y + y_hat + 2 * turns
+    found.append(part("decode", flops["decode"], y + y_hat + rows_once, streamed, z.computed * active))
+    # Reads the error, writes a gradient for every weight, and reads decoder rows once more, for the values' gradients.
+    # By row, an active feature reads the error of its token. In a loop tokens follow each other, and the gradient's
+    # row is read and written; the values' gradients read the error once more in every turn.
+    written = y_hat + WEIGHT * decoder * times
+    streamed = written if by_row else written + WEIGHT * active + turns
+    gathered = z.computed * active + (1 if by_row else 2) * WEIGHT * active
+    found.append(part("decode backward", flops["decode backward"], written + rows_once, streamed, gathered))
     written = x + WEIGHT * encoder * times
-    found.append(part("encode backward", flops["encode backward"], written, written + 2 * WEIGHT * active_encoder))
+    streamed = written if by_row else written + WEIGHT * active_encoder
+    gathered = (1 if by_row else 2) * WEIGHT * active_encoder
+    found.append(part("encode backward", flops["encode backward"], written, streamed, gathered))
     if z.computed == 2:
         found.insert(0, part("round to bfloat16", 0, (WEIGHT + 2) * (encoder + decoder)))
     if config.model.activation != "topk" or config.sparsity.revive:
@@ -305,7 +338,7 @@ def as_json(cost: Cost, tokens_per_s: float | None = None) -> dict[str, Any]:
     rate = tokens_per_s or cost.batch_size / cost.step_seconds()
     timed = [
         dataclasses.asdict(part)
-        | {"seconds": part.seconds(cost.rates), "seconds_no_cache": part.seconds(cost.rates, no_cache=True)}
+        | {"seconds": part.seconds(cost.rates), "seconds_at_least": part.seconds(cost.rates, least=True)}
         for part in cost.parts
     ]
     sources = [{"layer": layer, "targets": n, "parameters": size} for layer, n, size in cost.sources]
@@ -316,42 +349,51 @@ def as_json(cost: Cost, tokens_per_s: float | None = None) -> dict[str, Any]:
         "memory_total": sum(cost.memory.values()),
         "flops_per_token_total": sum(cost.flops_per_token.values()),
         "step_seconds": cost.step_seconds(),
-        "step_seconds_no_cache": cost.step_seconds(no_cache=True),
+        "step_seconds_at_least": cost.step_seconds(least=True),
         "run_seconds": cost.steps * cost.step_seconds(),
-        "run_seconds_no_cache": cost.steps * cost.step_seconds(no_cache=True),
+        "run_seconds_at_least": cost.steps * cost.step_seconds(least=True),
         "tokens_per_s": rate,
         "store_bytes": cost.steps * cost.batch_size * cost.store_bytes_per_token,
         "store_bytes_per_s": rate * cost.store_bytes_per_token,
     }
 
 
-def summary(cost: Cost, tokens_per_s: float | None = None) -> list[str]:
-    """The figures that matter, in lines. tokens_per_s: the rate to say the store's for, by default the fastest."""
+def summary(cost: Cost, tokens_per_s: float | None = None, measured: bool = False) -> list[str]:
+    """The figures that matter, in lines. tokens_per_s: the rate to say the store's for, by default the predicted one.
+    measured: whether the device's rates were."""
     found = as_json(cost, tokens_per_s)
     kinds = ", ".join(f"{name} {number:,}" for name, number in cost.parameters.items())
     sources, targets = spell_layers(tuple(layer for layer, _, _ in cost.sources)), spell_layers(cost.targets)
-    data, model = cost.mesh
+    (data, model), rates = cost.mesh, cost.rates
     alone = data * model == 1
-    link = "" if alone else f", {count(cost.rates.link)}B/s between devices"
+    said = [
+        f"{count(rates.flops)}FLOP/s",
+        f"{count(rates.bandwidth)}B/s of memory",
+        f"{count(rates.gather)}B/s in rows at random places",
+        f"top-k of {count(rates.select)}numbers/s",
+    ]
+    if not alone:
+        said.append(f"{count(rates.link)}B/s between devices")
     return [
         f"model       sources {sources} -> targets {targets}, F={cost.features}, {cost.slots} slots",
         f"parameters  {found['parameters_total']:,}: {kinds}",
         f"memory      {size(found['memory_total'])} on {'the device' if alone else f'each of {data}x{model} devices'}",
         f"a token     {count(found['flops_per_token_total'])}FLOP, {size(cost.store_bytes_per_token)} from the store",
-        f"a step      {cost.batch_size:,} tokens: at least {duration(found['step_seconds'])}, "
-        f"{duration(found['step_seconds_no_cache'])} without a cache",
-        f"the run     {cost.steps:,} steps, {cost.steps * cost.batch_size:,} tokens: at least "
-        f"{duration(found['run_seconds'])}, {duration(found['run_seconds_no_cache'])} without a cache",
+        f"a step      {cost.batch_size:,} tokens: {duration(found['step_seconds'])}, "
+        f"at least {duration(found['step_seconds_at_least'])}",
+        f"the run     {cost.steps:,} steps, {cost.steps * cost.batch_size:,} tokens: "
+        f"{duration(found['run_seconds'])}, at least {duration(found['run_seconds_at_least'])}",
         f"the store   {size(found['store_bytes'])} read, {found['store_bytes_per_s'] / 1e9:,.2f} GB/s at "
         f"{found['tokens_per_s']:,.0f} tokens/s; {size(10**6 * cost.store_bytes_per_row)} per million rows",
         f"checkpoint  {size(cost.checkpoint_bytes)}; the last and the best are kept",
-        f"assumed     {count(cost.rates.flops)}FLOP/s and {count(cost.rates.bandwidth)}B/s of memory a device{link}",
+        f"{'measured' if measured else 'assumed'}    {' ' * (not measured)}{', '.join(said[:2])},",
+        f"            {', '.join(said[2:])}",
     ]
 
 
-def show_cost(cost: Cost, tokens_per_s: float | None = None) -> None:
+def show_cost(cost: Cost, tokens_per_s: float | None = None, measured: bool = False) -> None:
     """Print a cost: the summary, and where it comes from."""
-    print("\n".join(summary(cost, tokens_per_s)))
+    print("\n".join(summary(cost, tokens_per_s, measured)))
     console = Console()
     by_source = Table("source layers", "targets of each", "parameters of each")
     for (targets, parameters), alike in groupby(cost.sources, key=lambda source: source[1:]):
@@ -359,11 +401,11 @@ def show_cost(cost: Cost, tokens_per_s: float | None = None) -> None:
     held = Table("memory of a device", "bytes", "")
     for name, number in (cost.memory | {"sum": sum(cost.memory.values())}).items():
         held.add_row(name, f"{number:,}", size(number))
-    step = Table("a step on a device", "FLOP", "bytes once", "no cache", "time once", "no cache")
+    step = Table("a step on a device", "FLOP", "streamed", "gathered", "time", "at least")
     for part in cost.parts:
-        seconds = [duration(part.seconds(cost.rates, no_cache)) for no_cache in (False, True)]
-        step.add_row(part.name, count(part.flops), size(part.once), size(part.no_cache), *seconds)
-    step.add_row("sum", "", "", "", *(duration(cost.step_seconds(no_cache)) for no_cache in (False, True)))
+        seconds = [duration(part.seconds(cost.rates, least)) for least in (False, True)]
+        step.add_row(part.name, count(part.flops), size(part.streamed), size(part.gathered), *seconds)
+    step.add_row("sum", "", "", "", *(duration(cost.step_seconds(least)) for least in (False, True)))
     for table in (by_source, held, step):
         for column in table.columns[1:]:
             column.justify = "right"

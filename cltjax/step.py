@@ -23,6 +23,7 @@ from cltjax.clt import CLT
 from cltjax.config import TrainConfig, k_values, slots_of
 from cltjax.loss import activate, auxiliary, k_at, penalty, penalty_weight, revival, squared_errors
 from cltjax.normalisation import Normalisation
+from cltjax.store_format import SCALE_BYTES
 from cltjax.wiring import Wiring
 
 # Silent tokens are counted up to here (int32 must not wrap).
@@ -200,6 +201,14 @@ def predict(
     return total(y_hat, axes.model) + bias
 
 
+def unpacked(rows: jax.Array) -> jax.Array:
+    """store_format.unpack on the device; anything but int8 as it is."""
+    if rows.dtype != jnp.int8:
+        return rows
+    scale = jax.lax.bitcast_convert_type(rows[..., -SCALE_BYTES:], jnp.float32)
+    return rows[..., :-SCALE_BYTES].astype(jnp.float32) * scale[..., None]
+
+
 Figures = dict[str, jax.Array]
 Step = Callable[[TrainState, jax.Array, jax.Array, Sequence[nnx.State]], tuple[TrainState, Figures]]
 
@@ -220,6 +229,7 @@ def make_gradients(
 ) -> Callable[..., tuple[nnx.State, Figures, jax.Array]]:
     """(state, x [M, B/M, S, D], y [M, B/M, T, D], frozen arrays) -> gradients, figures, tokens by feature [S, F].
 
+    x and y may be packed int8 [.., D + 4] (`unpacked`).
     M microbatches are gone through one after the other; gradients are of their mean loss.
     """
     slots = slots_of(config.model, config.sparsity.k_start if annealing else 1.0)
@@ -228,6 +238,7 @@ def make_gradients(
     def loss_of(parameters: nnx.State, state: TrainState, x: jax.Array, y: jax.Array, arrays: Sequence[nnx.State]):
         """This shard's part of one microbatch's loss; figures are sums over this shard's tokens."""
         clt: CLT = nnx.merge(graph, parameters, state.constants)
+        x, y = unpacked(x), unpacked(y)
         tokens = len(x) * mesh.shape[data]
         normal = clt.normalise_inputs(x[:, : len(clt.wiring.sources)])
         k = k_at(clt.k, config.model.features, config.sparsity, config.steps, state.step)

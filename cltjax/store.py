@@ -10,10 +10,12 @@ The format is docs/store.md; it is written by cltjax/store_writer.py. No torch a
 
 import json
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorstore as ts
@@ -27,6 +29,7 @@ from cltjax.store_format import (
     IMAGE,
     MANIFEST,
     SAMPLES,
+    SCALE_BYTES,
     SITES,
     SPECIAL,
     SPLITS,
@@ -37,10 +40,10 @@ from cltjax.store_format import (
     brief,
     chunk_file,
     crc32_of,
-    dequantise,
     differences,
     load_manifest,
     spec_of,
+    unpack,
 )
 
 __all__ = ["COLUMNS", "IMAGE", "SITES", "SPECIAL", "TEXT", "ActivationStore", "SiteStats", "Stats"]
@@ -49,7 +52,21 @@ __all__ = ["COLUMNS", "IMAGE", "SITES", "SPECIAL", "TEXT", "ActivationStore", "S
 PART_FIELDS = ("dataset.samples", "dataset.skipped", "options.shard")
 PART_NAME = re.compile(r"part-([1-9]\d*)-of-([1-9]\d*)")
 Region = tuple[slice, ...]
-_READ_BYTES = 128 << 20  # at most this much is decoded at a time on the way into the result
+_READ_BYTES = 128 << 20  # about this much, as float32, is asked for at a time
+_FEWEST_ROWS = 32  # worth a request of their own
+
+
+class _Reading(NamedTuple):
+    """Regions of one array on their way into memory."""
+
+    name: str
+    regions: Sequence[Region]
+    targets: Sequence[np.ndarray | None]
+    futures: list[Any]  # of tensorstore's, one a region
+
+
+# Where rows go in the result (rows, layers), and which rows of the region they are; None where they are there already.
+_Placement = tuple[slice | np.ndarray, slice, np.ndarray | None]
 
 
 class StorePart:
@@ -110,15 +127,6 @@ class StorePart:
             return np.empty((0, *self.arrays[name].tail), self.arrays[name].dtype)
         return self._read(name, [(slice(start, stop),)])[0]
 
-    def read_vectors(self, which: str, regions: Sequence[Region]) -> list[np.ndarray]:
-        """Each region (slice of rows, slice of the layer axis) as [rows, layers, d]; int8 as float32."""
-        name = self.name(which)
-        vectors = self._read(name, regions)
-        if self.spec.dtype != "int8":
-            return vectors
-        scales = self._read(f"{name}_scale", regions)
-        return [dequantise(codes, scale) for codes, scale in zip(vectors, scales, strict=True)]
-
     def _array(self, name: str) -> ts.TensorStore:
         if name not in self._opened:
             array, folder = self.arrays[name], self.path / name
@@ -138,15 +146,31 @@ class StorePart:
 
     def _read(self, name: str, regions: Sequence[Region]) -> list[np.ndarray]:
         """Regions of one array, read in one batch; UserError for what is damaged or not there."""
-        array, spec = self._array(name), self.arrays[name]
+        return self.finish(self.begin(name, regions, [None] * len(regions)))
+
+    def begin(self, name: str, regions: Sequence[Region], targets: Sequence[np.ndarray | None]) -> "_Reading":
+        """Begin to read regions of one array in one batch, each into its target, or into a new array where it has none.
+        `finish` has to follow."""
+        array, futures = self._array(name), []
+        with ts.Batch() as batch:
+            for region, target in zip(regions, targets, strict=True):
+                if target is None:
+                    futures.append(array[region].read(batch=batch))
+                else:
+                    futures.append(ts.array(target).write(array[region], batch=batch))
+        return _Reading(name, regions, targets, futures)
+
+    def finish(self, reading: "_Reading") -> list[np.ndarray]:
+        """What was read, region by region. UserError for what is damaged or not there."""
+        name, regions = reading.name, reading.regions
+        spec = self.arrays[name]
         try:
-            with ts.Batch() as batch:
-                futures = [array[region].read(batch=batch) for region in regions]
-            found = [future.result() for future in futures]
+            results = [future.result() for future in reading.futures]
         except ValueError as error:
             if damage := self._find_damage(name, regions):
                 raise damage from error
             raise
+        found = [result if target is None else target for result, target in zip(results, reading.targets, strict=True)]
         # A chunk is there wholly or not at all, so one element of each vector tells.
         if any(spec.missing(values[..., 0] if spec.sharded else values).any() for values in found):
             raise self._find_damage(name, regions) or UserError(f"{self.path / name} changed while it was read")
@@ -295,29 +319,74 @@ class ActivationStore:
         Reads the blocks (`block_rows` rows of one layer) that the rows touch and nothing else. UserError names the
         file and the rows of a block that is damaged or missing. IndexError for rows that are not there.
         """
+        packed = self.read_packed(which, rows, layers)
+        return unpack(packed) if self.dtype == "int8" else packed
+
+    def packed_shape(self, rows: int, layers: Sequence[int]) -> tuple[tuple[int, ...], np.dtype]:
+        """Shape and type of what `read_packed` returns."""
+        dtype = DTYPES[self.dtype]
+        return (rows, len(layers), self.d_model + (SCALE_BYTES if self.dtype == "int8" else 0)), dtype
+
+    def read_packed(
+        self, which: str, rows: np.ndarray | slice, layers: Sequence[int], out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """As `read`, but int8 as it is stored: [len(rows), len(layers), d + 4] int8, the codes of a vector and then the
+        bytes of its float32 scale (store_format.unpack).
+
+        out: memory to read into, of `packed_shape`; new memory costs a page fault for every page.
+        """
         if isinstance(rows, slice):
             rows = np.arange(*rows.indices(self.rows))
         rows = np.asarray(rows, np.int64)
         if len(rows) and (rows.min() < 0 or rows.max() >= self.rows):
             raise IndexError(f"rows {rows.min()} to {rows.max()} of a store with {self.rows}")
-        dtype = np.dtype(np.float32) if self.dtype == "int8" else DTYPES[self.dtype]
-        out = np.empty((len(rows), len(layers), self.d_model), dtype)
-        runs = list(_runs(self.axis_of(layers)))
+        if out is None:
+            out = np.empty(*self.packed_shape(len(rows), layers))
+        name, runs = self.parts[0].name(which), list(_runs(self.axis_of(layers)))
+        self._read_into(out[..., : self.d_model], name, rows, runs)
+        if self.dtype == "int8":
+            scales = np.empty(out.shape[:2], np.float32)
+            self._read_into(scales, f"{name}_scale", rows, runs)
+            out[..., self.d_model :] = scales[..., None].view(np.int8)
+        return out
+
+    def _read_into(self, out: np.ndarray, name: str, rows: np.ndarray, runs: list[tuple[slice, slice]]) -> None:
+        """Rows of an array by row and layer, at the runs of layers that `_runs` gives, into `out`.
+
+        While one group of blocks is decoded, the next is read from the disk.
+        """
         order = None if np.all(rows[1:] >= rows[:-1]) else np.argsort(rows, kind="stable")
         ascending = rows if order is None else rows[order]
-        budget = _READ_BYTES // max(1, 4 * len(layers) * self.d_model)
+        budget = _READ_BYTES // max(1, 4 * out.shape[1] * self.d_model)
+        begun: deque[tuple[StorePart, _Reading, list[_Placement]]] = deque()
+
+        def finish_first() -> None:
+            part, reading, placements = begun.popleft()
+            for values, (wanted, places, local) in zip(part.finish(reading), placements, strict=True):
+                if local is not None:
+                    _place(out, wanted, places, values, local)
+
         for part, first in zip(self.parts, self.row_starts[:-1], strict=True):
             begin, end = np.searchsorted(ascending, [first, first + part.rows])
             local = ascending[begin:end] - first
             for group in _groups(local, self.block_rows, budget):
-                spans = [(int(local[a]), int(local[b - 1]) + 1) for a, b in group]
-                regions = [(slice(*span), axis) for span in spans for _, axis in runs]
-                values = iter(part.read_vectors(which, regions))
-                for (a, b), (start, _) in zip(group, spans, strict=True):
-                    wanted = slice(begin + a, begin + b) if order is None else order[begin + a : begin + b]
-                    for places, _ in runs:
-                        _place(out, wanted, places, next(values), local[a:b] - start)
-        return out
+                regions: list[Region] = []
+                targets: list[np.ndarray | None] = []
+                placements: list[_Placement] = []
+                for a, b in group:
+                    for c, d, whole in _stretches(local, a, b):
+                        start, stop = int(local[c]), int(local[d - 1]) + 1
+                        wanted = slice(begin + c, begin + d) if order is None else order[begin + c : begin + d]
+                        for places, axis in runs:
+                            direct = whole and isinstance(wanted, slice)
+                            regions.append((slice(start, stop), axis))
+                            targets.append(out[wanted, places] if direct else None)
+                            placements.append((wanted, places, None if direct else local[c:d] - start))
+                begun.append((part, part.begin(name, regions, targets), placements))
+                if len(begun) > 1:
+                    finish_first()
+        while begun:
+            finish_first()
 
     def stats(self) -> Stats:
         """Statistics over the published `train` rows of all parts. UserError where there are none."""
@@ -357,6 +426,17 @@ def _place(out: np.ndarray, wanted: slice | np.ndarray, places: slice, values: n
         np.take(values, rows, axis=0, out=out[wanted], mode="clip")  # any other mode buffers
     else:
         out[wanted, places] = values[rows]
+
+
+def _stretches(rows: np.ndarray, a: int, b: int) -> Iterator[tuple[int, int, bool]]:
+    """Cut places a..b of ascending `rows` where rows are left out, unless the pieces would be short: (begin, end,
+    whether all rows between the first and the last are there, once)."""
+    cuts = np.flatnonzero(np.diff(rows[a:b]) != 1) + a + 1
+    if (len(cuts) + 1) * _FEWEST_ROWS > b - a and len(cuts):
+        yield a, b, False
+        return
+    for c, d in pairwise([a, *cuts.tolist(), b]):
+        yield c, d, True
 
 
 def _runs(axis: Sequence[int]) -> Iterator[tuple[slice, slice]]:

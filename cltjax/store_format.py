@@ -38,6 +38,7 @@ MANIFEST = "manifest.json"
 SAMPLES = "samples.jsonl"
 STATISTICS = "stats.safetensors"
 MAX_BLOCK_ROWS = 128
+SCALE_BYTES = np.dtype(np.float32).itemsize  # of a vector in int8
 
 # What the manifest says besides the specification: how far the capture is.
 PROGRESS = ("rows", "samples", "samples_bytes", "samples_crc32", "statistics", "complete", "resume")
@@ -155,6 +156,14 @@ def dequantise(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """[..., D] int8 codes and their scale [...] as float32."""
     with np.errstate(invalid="ignore"):
         return codes.astype(np.float32) * scale[..., None]
+
+
+def unpack(packed: np.ndarray) -> np.ndarray:
+    """[..., D + 4] int8, codes and then the bytes of their scale, as float32 [..., D]: what `dequantise` returns."""
+    scale = np.ascontiguousarray(packed[..., -SCALE_BYTES:]).view(np.float32)
+    found = np.empty((*packed.shape[:-1], packed.shape[-1] - SCALE_BYTES), np.float32)
+    with np.errstate(invalid="ignore"):
+        return np.multiply(packed[..., :-SCALE_BYTES], scale, out=found)
 
 
 def crc32_of(data: bytes, start: int = 0) -> int:

@@ -194,6 +194,7 @@ def train(config: TrainConfig, stop_after: int | None = None) -> Path:
 
     stop_after: leave after so many steps, without a last checkpoint, as a kill would (for tests).
     """
+    started = time.perf_counter()
     if will_use_cpu():
         keep_freed_memory()
     start(config.processes)
@@ -252,6 +253,7 @@ def train(config: TrainConfig, stop_after: int | None = None) -> Path:
             loop.annealing = make(annealing=True)
         if meta:
             loop.window, loop.trend = Window(**meta["window"]), Trend(**meta["trend"])
+        loop.started = started
         loop.run(state, last or 0, stop_after)
     return run
 
@@ -359,6 +361,8 @@ class Loop:
     window: Window = field(default_factory=Window)
     trend: Trend = field(default_factory=Trend)
     compiling: bool = True
+    started: float = field(default_factory=time.perf_counter)  # when `train` was called
+    start_up: float | None = None  # seconds from there to the end of the first step; None once it is in timing.jsonl
     since: float = 0.0  # when the current stretch of `waited` and `timed_steps` began
     waited: float = 0.0
     timed_steps: int = 0
@@ -437,6 +441,8 @@ class Loop:
         figures = jax.device_get(waiting)
         if self.compiling:  # the first step's time is the compiler's
             self.compiling, self.since, self.waited = False, time.perf_counter(), 0.0
+            self.start_up = self.since - self.started
+            say(f"first step done {self.start_up:.1f} s after the start")
         else:
             self.timed_steps += 1
         if not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])):
@@ -457,6 +463,8 @@ class Loop:
         speed is left out where no step was timed: the first one's time is the compiler's."""
         now = time.perf_counter()
         timing: dict[str, Any] = {"step": record["step"], "seconds": now - self.since}
+        if self.start_up is not None:
+            timing["start_up"], self.start_up = self.start_up, None
         speed = left = ""
         if self.timed_steps:
             rate, waiting = (n / timing["seconds"] for n in (self.timed_steps * self.config.batch_size, self.waited))

@@ -27,6 +27,7 @@ from cltjax.batches import (
 from cltjax.config import DataConfig, TokensConfig
 from cltjax.errors import UserError
 from cltjax.store import IMAGE, ActivationStore
+from cltjax.store_format import unpack
 from cltjax.tokens import NormLimits, TokenRules, token_rules
 from cltjax.wiring import wire
 from store_cases import make_case, write
@@ -91,9 +92,9 @@ class Spy:
     def __getattr__(self, name: str):
         return getattr(self.store, name)
 
-    def read(self, which: str, rows: np.ndarray, layers) -> np.ndarray:
+    def read_packed(self, which: str, rows: np.ndarray, layers, out: np.ndarray) -> np.ndarray:
         self.read_rows.append(rows)
-        return self.store.read(which, rows, layers)
+        return self.store.read_packed(which, rows, layers, out)
 
 
 def rules_of(store: ActivationStore, **options) -> TokenRules:
@@ -254,6 +255,35 @@ def test_a_store_that_fits_into_a_buffer_is_read_once(store: ActivationStore):
         np.testing.assert_array_equal(batches(step).y, store.read("mlp_out", rows, (1,)))
     batches.close()
     assert len(spy.read_rows) == 2 and len(spy.read_rows[0]) == len(order.rows)
+
+
+@pytest.mark.parametrize("share", [None, 0.3])
+def test_an_int8_store_is_not_unpacked_on_the_host(tmp_path: Path, share: float | None):
+    held = synthetic_store(tmp_path / "int8", rows=997, layers=4, d=D, dtype="int8")
+    batches = make(held, rules_of(held, image_share=share), buffer_rows=60)
+    for step in (0, 1, 11, 3):
+        batch = batches(step)
+        assert batch.x.dtype == batch.y.dtype == np.int8 and batch.x.shape == (37, 2, D + 4)
+        whole = Batch(unpack(batch.x), unpack(batch.y))
+        np.testing.assert_array_equal(whole.y, held.read("mlp_out", rows_in(held, whole), (3, 1)))
+    batches.close()
+
+
+def test_buffers_are_read_into_the_same_memory(store: ActivationStore):
+    """And what was returned is not written over."""
+    rules = rules_of(store)
+    batches = make(store, rules, buffer_rows=60)
+    (one,) = batches.streams
+    batches(0)
+    found, copies, memory = [], [], set()
+    for step in range(40):
+        found.append(batches(step))
+        copies.append(found[-1].x.copy())
+        memory |= {id(held.x) for held in one.memory if held is not None}
+    batches.close()
+    assert one.order.first(8) < 40 * 37 and len(memory) <= 3  # the short buffer at the end of an epoch may come first
+    for batch, copy in zip(found, copies, strict=True):
+        np.testing.assert_array_equal(batch.x, copy)
 
 
 def test_the_buffers_are_bounded_in_bytes(store: ActivationStore):

@@ -98,7 +98,7 @@ def test_estimate_takes_the_options_of_training_and_prints_tables(
     main()
     printed = capsys.readouterr().out
     assert "at 1,000 tokens/s" in printed
-    for name in ("source layers", "Adam moments", "optimiser", "time once"):
+    for name in ("source layers", "Adam moments", "optimiser", "gathered"):
         assert name in printed
 
 

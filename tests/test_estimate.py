@@ -14,11 +14,15 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import cltjax.estimate
+import cltjax.rates
+import cltjax.sparse_products
 from cltjax.config import ModelConfig, SparsityConfig, TrainConfig
 from cltjax.errors import UserError
 from cltjax.estimate import (
     Cost,
     ModelShape,
+    Part,
     Rates,
     as_json,
     assumed_rates,
@@ -35,7 +39,7 @@ from cltjax.step import abstract_state, graph_of, make_step
 from cltjax.wiring import wire
 from stores import synthetic_store
 
-RATES = Rates(flops=1e9, bandwidth=1e8, link=1e7)
+RATES = Rates(flops=1e9, bandwidth=1e8, gather=1e6, select=1e5, link=1e7)
 # Sources 0, 1, 2 with 2, 2, 1 targets among layers 1, 2, 3.
 S, T, PAIRS, D, F, K = 3, 3, 5, 7, 22, 3
 CONFIG = TrainConfig(
@@ -44,13 +48,12 @@ CONFIG = TrainConfig(
 SHAPE = ModelShape(n_layers=4, d_model=D, dtype="bfloat16")
 
 
-def cost(shape: ModelShape = SHAPE, **changes: Any) -> Cost:
-    return estimate(dataclasses.replace(CONFIG, **changes), shape, RATES)
+def cost(shape: ModelShape = SHAPE, rates: Rates = RATES, **changes: Any) -> Cost:
+    return estimate(dataclasses.replace(CONFIG, **changes), shape, rates)
 
 
-def part(found: Cost, name: str) -> tuple[int, int, int]:
-    one = next(part for part in found.parts if part.name == name)
-    return one.flops, one.once, one.no_cache
+def part(found: Cost, name: str) -> Part:
+    return next(part for part in found.parts if part.name == name)
 
 
 def test_parameters_are_the_sizes_of_the_arrays():
@@ -86,68 +89,115 @@ def test_memory_of_one_device():
     assert cost().memory == {
         "weights": 4 * own,
         "Adam moments": 8 * own,
-        "gradients": 4 * own,
+        "pre-activations, then gradients": 2 * 4 * S * 30 * F,
         "batch x, y, and the next": 2 * 2 * 30 * (S + T) * D,
         "x normalised": 4 * 30 * S * D,
-        "pre-activations": 2 * 4 * S * 30 * F,
         "candidates": 3 * 4 * S * 30 * K,
-        "y normalised, y_hat, its gradient": 3 * 4 * 30 * T * D,
+        "y normalised, y_hat": 2 * 4 * 30 * T * D,
         "counters, constants": 8 * S * F + 4 * ((S + T) * D + 2 * S + T),
     }
+    gradients = 4 * own + 4 * 2 * F * D  # one source's twice
+    assert cost(batch_size=3).memory["pre-activations, then gradients"] == gradients < 2 * 4 * S * 30 * F
 
 
 def test_memory_on_a_mesh():
     """3 x 2 devices and 5 microbatches: 2 tokens at a time, half of the features and all of b_dec on each."""
     own = (S * F * D + PAIRS * F * D + S * F) // 2 + T * D
     found = cost(mesh="3x2", microbatches=5, dtype="bfloat16").memory
-    assert found["weights"] == found["gradients"] == found["gradients of a microbatch"] == 4 * own
+    assert found["weights"] == found["gradients of a microbatch"] == 4 * own
+    assert found["pre-activations, then gradients"] == 4 * own + 4 * 2 * F * D // 2
     assert found["weights in bfloat16"] == 2 * (S + PAIRS) * F * D // 2
     assert found["batch x, y, and the next"] == 2 * 2 * 10 * (S + T) * D
     assert found["x normalised"] == (4 + 2) * 2 * S * D
-    assert found["pre-activations"] == 2 * 4 * S * 2 * F // 2
     assert found["candidates"] == 3 * 4 * S * 2 * K + 4 * S * 2 * (2 * K)
-    assert found["y normalised, y_hat, its gradient"] == 3 * 4 * 2 * T * D
+    assert found["y normalised, y_hat"] == 2 * 4 * 2 * T * D
 
 
 def test_traffic_of_a_step():
     n, encoder, decoder, active = 30, S * F * D, PAIRS * F * D, 30 * K * PAIRS * D
+    of_encoder = 30 * K * S * D
     own = encoder + decoder + S * F + T * D
-    found = cost()
+    found, by_row = cost(), cost(rates=dataclasses.replace(RATES, by_row=True))
     x, y, y_hat = 2 * n * S * D, 2 * n * T * D, 4 * n * T * D
     assert active > decoder  # so that "once" is all of the weights
-    assert part(found, "encode") == (
-        n * 2 * S * F * D,
-        x + 4 * encoder + 4 * S * n * F,
-        x + 4 * encoder + 4 * S * n * F,
-    )
-    assert part(found, "select") == (0, 4 * S * n * F, 4 * S * n * F)
-    assert part(found, "decode") == (2 * active, y + y_hat + 4 * decoder, y + y_hat + 4 * active)
-    backward = 4 * active, y_hat + 8 * decoder, y_hat + 4 * decoder + 12 * active
-    assert part(found, "decode backward") == backward
-    encode_backward = x + 4 * encoder
-    assert part(found, "encode backward") == (2 * n * S * K * D, encode_backward, encode_backward + 8 * n * S * K * D)
-    assert part(found, "optimiser") == (19 * own, 32 * own, 32 * own)
-    few = cost(batch_size=3)
-    assert part(few, "decode")[1] == part(few, "decode")[2] == (2 + 4) * 3 * T * D + 4 * 3 * K * PAIRS * D
+    for one in (found, by_row):
+        encode = x + 4 * encoder + 4 * S * n * F
+        assert part(one, "encode") == Part("encode", n * 2 * S * F * D, encode, encode)
+        assert part(one, "select") == Part("select", 0, 4 * S * n * F, 4 * S * n * F, selected=S * n * F)
+        # The loop over slots reads and writes its sum for every two of them.
+        streamed = y + y_hat + (4 + 4) * active // 2
+        assert part(one, "decode") == Part("decode", 2 * active, y + y_hat + 4 * decoder, streamed, 4 * active)
+        assert part(one, "optimiser") == Part("optimiser", 19 * own, 32 * own, 32 * own)
+    backward = "decode backward", 4 * active, y_hat + 8 * decoder
+    # By row: a decoder's and an error's row for each active feature; a gradient is written once.
+    assert part(by_row, "decode backward") == Part(*backward, y_hat + 4 * decoder, (4 + 4) * active)
+    # In a loop: a decoder's row read, a gradient's read and written; errors in their order, twice in two slots for the
+    # weights' gradient and once for the values'.
+    streamed = y_hat + 4 * decoder + 4 * active + 2 * active
+    assert part(found, "decode backward") == Part(*backward, streamed, (4 + 8) * active)
+    backward = "encode backward", n * 2 * S * K * D, x + 4 * encoder
+    assert part(by_row, "encode backward") == Part(*backward, x + 4 * encoder, 4 * of_encoder)
+    assert part(found, "encode backward") == Part(*backward, x + 4 * encoder + 4 * of_encoder, 8 * of_encoder)
+    assert part(cost(batch_size=3), "decode").once == (2 + 4) * 3 * T * D + 4 * 3 * K * PAIRS * D
+
+
+def test_a_loop_goes_through_the_slots_of_other_devices_features():
+    alone, split = (part(cost(mesh=mesh), "decode") for mesh in ("1x1", "1x2"))
+    assert split.streamed == alone.streamed
+    assert split.gathered == alone.gathered // 2
+
+
+def test_what_the_code_does_in_a_turn():
+    assert cltjax.estimate.UNROLL == cltjax.sparse_products.UNROLL
 
 
 def test_what_devices_exchange():
     own = (S * F * D + PAIRS * F * D + S * F) // 2 + T * D
     sent = 4 * 10 * S * K + 2 * 4 * 10 * T * D // 2 + 2 * 4 * own * 2 // 3
-    assert part(cost(mesh="3x2"), "exchange") == (0, sent, sent)
+    assert part(cost(mesh="3x2"), "exchange") == Part("exchange", 0, sent, sent)
     assert "exchange" not in [part.name for part in cost().parts]
 
 
 def test_a_step_takes_the_longer_of_arithmetic_and_traffic_part_by_part():
     found = cost(mesh="3x2")
-    seconds = sum(
-        max(p.flops / RATES.flops, p.once / (RATES.link if p.name == "exchange" else RATES.bandwidth))
-        for p in found.parts
-    )
-    assert found.step_seconds() == pytest.approx(seconds, rel=1e-12)
-    assert found.step_seconds(no_cache=True) > found.step_seconds()
-    slow = dataclasses.replace(found, rates=Rates(flops=1.0, bandwidth=1e30, link=1e30))
+
+    def seconds(p: Part, least: bool) -> float:
+        bandwidth = RATES.link if p.name == "exchange" else RATES.bandwidth
+        moving = p.streamed / bandwidth + p.gathered / RATES.gather + p.selected / RATES.select
+        return max(p.flops / RATES.flops, p.once / bandwidth if least else moving)
+
+    for least in (False, True):
+        together = sum(seconds(p, least) for p in found.parts)
+        assert found.step_seconds(least) == pytest.approx(together, rel=1e-12)
+    assert found.step_seconds() > found.step_seconds(least=True)
+    slow = dataclasses.replace(found, rates=Rates(1.0, 1e30, 1e30, 1e30, 1e30))
     assert slow.step_seconds() == sum(p.flops for p in found.parts)
+
+
+@pytest.mark.parametrize("way", ["loop", "by row"])
+def test_measured_rates_are_the_times_of_what_is_counted(way: str, monkeypatch: pytest.MonkeyPatch):
+    """With a clock that says that everything takes two seconds, rates are half of what there is to do."""
+    taken = []
+
+    def two_seconds(work: Any, times: int) -> float:
+        taken.append(jax.block_until_ready(work()))
+        return 2.0
+
+    monkeypatch.setattr(cltjax.rates, "median_seconds", two_seconds)
+    monkeypatch.setattr(cltjax.rates, "by_row", lambda: way == "by row")
+    monkeypatch.setattr(cltjax.rates, "STREAM_NUMBERS", 1000)
+    monkeypatch.setattr(cltjax.rates, "TOP_K_NUMBERS", 500)
+    monkeypatch.setattr(cltjax.rates, "PRODUCT", {"cpu": 11})
+    found = cltjax.rates.measure(CONFIG, SHAPE, link=17.0)
+    product, stream, (gradient, dots), (best, _) = taken
+    row = D * PAIRS // S
+    n = 4 * F // K
+    assert gradient.shape == (F, row) and dots.shape == (n, K)
+    assert best.shape == (500 // F, K)
+    assert (product.shape, stream.shape) == ((11, 11), (1000,))
+    gathered = n * K * row * (4 + (4 if way == "by row" else 8))
+    expected = Rates(11**3, 4 * 1000, gathered / 2, 500 // F * F / 2, 17.0, way == "by row")
+    assert found == expected
 
 
 def test_what_is_read_and_kept():
@@ -166,6 +216,7 @@ def test_what_is_read_and_kept():
 def test_the_sums_are_in_the_summary():
     found = cost(mesh="3x2")
     text = "\n".join(summary(found))
+    assert "\nassumed " in text and "\nmeasured " in "\n".join(summary(found, measured=True))
     for value in (f"{sum(found.parameters.values()):,}", size(sum(found.memory.values())), "each of 3x2 devices"):
         assert value in text
 
@@ -189,6 +240,7 @@ def test_parameters_and_checkpoint_are_those_of_the_training_state(activation: A
         {"model": ModelConfig(1024, k=8)},
         {"model": ModelConfig(1024, k=8), "microbatches": 4},
         {"model": ModelConfig(1024, 8, "batchtopk")},
+        {"model": ModelConfig(1024, 8, "batchtopk"), "sparsity": SparsityConfig(revive=6e-5)},
     ],
 )
 def test_memory_is_what_the_compiled_step_asks_for(changes: dict[str, Any]):
@@ -249,7 +301,11 @@ def test_rates_and_widths_must_be_above_0():
         estimate(CONFIG, SHAPE, Rates(link=0))
     with pytest.raises(UserError, match="--d-model 0"):
         cost(dataclasses.replace(SHAPE, d_model=0))
-    assert assumed_rates("float32").flops < assumed_rates("bfloat16").flops
+    with pytest.raises(UserError, match="--gather 0"):
+        estimate(CONFIG, SHAPE, Rates(gather=0))
+    assert assumed_rates("float32").flops < assumed_rates("bfloat16").flops == Rates().flops
+    assert assumed_rates("bfloat16") == Rates()
+    assert assumed_rates("bfloat16", 64.0) == Rates(bandwidth=64.0, gather=64.0, select=1.0)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from cltjax import store as store_module
 from cltjax.errors import UserError
 from cltjax.store import ActivationStore
-from cltjax.store_format import COLUMNS, MANIFEST, dequantise, part_folder, quantise
+from cltjax.store_format import COLUMNS, MANIFEST, dequantise, part_folder, quantise, unpack
 from store_cases import LAYERS, Case, D, as_read, make_case, write
 
 SHARD = 141  # three blocks of 47
@@ -106,11 +106,14 @@ def test_values_come_back_rounded_to_the_stored_type(tmp_path: Path, dtype: str,
 @given(data=st.data())
 def test_any_rows_of_any_layers(case: Case, path: Path, joined: Path, data: st.DataObject) -> None:
     rows = np.array(data.draw(st.lists(st.integers(0, case.rows - 1), max_size=40)), np.int64)
+    if data.draw(st.booleans()):  # stretches of neighbours, which are read into their place
+        rows = np.unique(np.minimum(rows[:, None] + np.arange(9), case.rows - 1))
     layers = data.draw(st.lists(st.sampled_from(LAYERS), max_size=4))
     folder, which = data.draw(st.sampled_from([path, joined])), data.draw(st.sampled_from(["site", "mlp_out"]))
     budget = data.draw(st.sampled_from([1, 4 * D * 50, 4 * D * 500, 1 << 27]))
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(store_module, "_READ_BYTES", budget)
+        monkeypatch.setattr(store_module, "_FEWEST_ROWS", data.draw(st.sampled_from([1, 5, 32])))
         found = ActivationStore.open(folder).read(which, rows, layers)
     np.testing.assert_array_equal(found, case.values(which)[rows][:, [LAYERS.index(layer) for layer in layers]])
 
@@ -173,6 +176,11 @@ def test_int8_store(tmp_path: Path) -> None:
     assert (found[zero] == 0).all() and (store.norms("site")[zero] == 0).all()
     rows = np.array([7, 3, 50])
     np.testing.assert_array_equal(store.read("site", rows, (4, 1)), found[rows][:, [2, 0]])
+    codes, scale = quantise(case.values("site").reshape(-1, D))
+    packed = store.read_packed("site", rows, LAYERS)
+    assert packed.shape == (3, len(LAYERS), D + 4) and packed.dtype == np.int8
+    np.testing.assert_array_equal(packed[..., :D], codes.reshape(exact.shape)[rows])
+    np.testing.assert_array_equal(unpack(packed), dequantise(codes, scale).reshape(exact.shape)[rows])
 
 
 # Damage

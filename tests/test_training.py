@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from cltjax.batches import Batch, Batches
 from cltjax.checkpoint import LEFT_OUT, Checkpoints, Lines, last_step, read_lines
 from cltjax.config import (
     Activation,
@@ -26,6 +27,7 @@ from cltjax.config import (
     EvaluateConfig,
     LogConfig,
     ModelConfig,
+    SparsityConfig,
     TokensConfig,
     TrainConfig,
     from_json,
@@ -38,7 +40,7 @@ from cltjax.normalisation import blank
 from cltjax.runs import Trained, load, load_given
 from cltjax.step import abstract_state, schedule
 from cltjax.store import ActivationStore
-from cltjax.store_format import IMAGE
+from cltjax.store_format import IMAGE, unpack
 from cltjax.tokens import token_rules
 from cltjax.training import Loop, Trend, train
 from cltjax.wiring import wire
@@ -289,13 +291,90 @@ def test_the_progress_line_has_no_speed_before_a_step_was_timed(
     store: ActivationStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     train(small(store, tmp_path / "run", layer="0", steps=3, log=LogConfig(every=1, val_rows=0)))
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    said = capsys.readouterr().out.splitlines()
+    lines = [line for line in said if line.startswith("step ")]
+    assert len([line for line in said if line.startswith("first step done ")]) == 1
     assert [("tokens/s" in line, "waiting" in line, "left" in line) for line in lines] == [(False,) * 3] + [
         (True,) * 3
     ] * 2
     assert lines[0].startswith("step      1/3  loss ") and lines[-1].endswith("  left 0:00")
     timings = read_lines(tmp_path / "run" / "timing.jsonl")
+    assert timings[0]["start_up"] > 0 and not any("start_up" in timing for timing in timings[1:])
     assert ["tokens_per_s" in timing for timing in timings] == [False, True, True]
+
+
+def test_int8_rows_are_unpacked_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What is trained is what training on the same rows as float32 gives, and what gets to the device is int8."""
+    held = synthetic_store(tmp_path / "int8", rows=2003, layers=LAYERS, d=D, dtype="int8")
+    train(small(held, tmp_path / "packed", microbatches=1))
+    seen = []
+
+    class Unpacked(Batches):
+        def __call__(self, step: int) -> Batch:
+            batch = super().__call__(step)
+            seen.append(batch)
+            return Batch(*map(unpack, batch))
+
+    monkeypatch.setattr("cltjax.training.Batches", Unpacked)
+    train(small(held, tmp_path / "floats", microbatches=1))
+    assert {(part.dtype.name, part.shape) for batch in seen for part in batch} == {("int8", (31, 3, D + 4))}
+    packed, floats = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("packed", "floats"))
+    assert len(packed) == len(floats) == 5
+    for one, other in zip(packed, floats, strict=True):
+        assert one == {name: pytest.approx(value, rel=1e-4, abs=1e-6) for name, value in other.items()}
+
+
+def test_nothing_is_compiled_again(store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Once the annealing step, the step, and two checkpoints have been there."""
+    compiled, done, note = [], [0], Loop.note
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(done[-1])
+
+    def noted(self: Loop, step: int, waiting: dict) -> None:
+        note(self, step, waiting)
+        done.append(step)
+
+    monkeypatch.setattr(Loop, "note", noted)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    options = {"model": ModelConfig(29, 3, "batchtopk"), "sparsity": SparsityConfig(k_start=2, anneal=0.05)}
+    try:
+        train(small(store, tmp_path / "run", steps=301, **options, log=LogConfig(every=7, checkpoint_every=40)))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert len(done) == 302 and 0 in compiled and [step for step in compiled if 10 < step < 18]
+    assert [step for step in compiled if step > 81] == []
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+from cltjax.config import DataConfig, LogConfig, ModelConfig, TrainConfig
+from cltjax.training import Loop, train
+
+steps, note = int(sys.argv[3]), Loop.note
+
+def noted(self, step, waiting):
+    note(self, step, waiting)
+    if step in (steps // 3, steps):
+        status = Path("/proc/self/status").read_text()
+        print("resident", status.split("VmRSS:")[1].split()[0])
+
+Loop.note = noted
+train(TrainConfig("all", store=Path(sys.argv[1]), out=Path(sys.argv[2]), steps=steps, batch_size=1021,
+    model=ModelConfig(29, 3), data=DataConfig(buffer_mib=1), log=LogConfig(every=50, checkpoint_every=10**6)))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
+@pytest.mark.parametrize("steps", [600, pytest.param(20_001, marks=pytest.mark.slow)])
+def test_memory_is_flat(store: ActivationStore, tmp_path: Path, steps: int):
+    """From a third of the steps on. A batch that is kept is 0.16 MB: 64 MB in the short version."""
+    command = [sys.executable, "-c", MEMORY, str(store.path), str(tmp_path / "run"), str(steps)]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    early, late = (int(line.split()[1]) for line in said.splitlines() if line.startswith("resident"))
+    assert late - early < 24_000  # KiB
 
 
 def test_ctrl_c_says_where_the_run_goes_on(store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
