@@ -20,7 +20,7 @@ import numpy as np
 from cltjax.config import DataConfig
 from cltjax.errors import UserError
 from cltjax.store import ActivationStore
-from cltjax.store_format import IMAGE
+from cltjax.store_format import DTYPES, IMAGE
 from cltjax.tokens import TokenRules
 
 Item = TypeVar("Item")
@@ -143,6 +143,7 @@ class Stream:
     def _read_rows(self, rows: np.ndarray, number: int) -> Batch:
         layers, memory = (self.sources, self.targets), self.memory[number % 2]
         if memory is None or len(memory.x) < len(rows):
+            memory = self.memory[number % 2] = None  # freed before there is another
             memory = Batch(*(np.empty(*self.store.packed_shape(len(rows), some)) for some in layers))
             self.memory[number % 2] = memory
         found = Batch(memory.x[: len(rows)], memory.y[: len(rows)])
@@ -175,8 +176,9 @@ class Batches:
         positions: [b] which of the `batch_size` rows of every batch are returned, in that order; by default all. No
         others are read, and what lies at a position does not depend on it. UserError where rows are lacking.
         """
-        (*_, width), dtype = store.packed_shape(1, sources)
-        row_bytes = (len(sources) + len(targets)) * width * dtype.itemsize
+        # int8 counts as if it were float32, as it once was in memory: an old run goes on in the order it began with.
+        item = 4 if store.dtype == "int8" else DTYPES[store.dtype].itemsize
+        row_bytes = (len(sources) + len(targets)) * store.d_model * item
         # One buffer in use and one that is read; the streams share in them as they share in a batch.
         most_rows = (data.buffer_mib << 20) // 2 // row_bytes
         everywhere = np.arange(batch_size)

@@ -23,7 +23,14 @@ from typing import Any
 
 from cltjax.errors import UserError
 
-UNLOCKABLE = (errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)  # file systems without flock
+UNLOCKABLE = (
+    errno.EBADF,
+    errno.ENOLCK,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.ENOSYS,
+    errno.EINVAL,
+)  # file systems without flock
 SETTLED = 60.0  # seconds; a folder that is made is locked in fewer
 
 

@@ -56,7 +56,7 @@ def candidates(rank: jax.Array, slots: int, axis: str | None = None) -> Candidat
 
 
 def top_k(rank: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """`lax.top_k` over the last axis, ties included; of long rows by way of their runs' maxima.
+    """`lax.top_k` over the last axis, ties included (but 0 and -0 are one); of long rows by way of their runs' maxima.
 
     The k largest lie in the k runs of neighbours whose maxima are the largest: whatever is before a run's largest in
     the order (larger, or equal and at a lower index) is, for runs that rank higher, at least one number each.

@@ -157,7 +157,7 @@ class StorePart:
                 if target is None:
                     futures.append(array[region].read(batch=batch))
                 else:
-                    futures.append(ts.array(target).write(array[region], batch=batch))
+                    futures.append(ts.array(target, copy=False, write=True).write(array[region], batch=batch))
         return _Reading(name, regions, targets, futures)
 
     def finish(self, reading: "_Reading") -> list[np.ndarray]:
@@ -366,27 +366,32 @@ class ActivationStore:
                 if local is not None:
                     _place(out, wanted, places, values, local)
 
-        for part, first in zip(self.parts, self.row_starts[:-1], strict=True):
-            begin, end = np.searchsorted(ascending, [first, first + part.rows])
-            local = ascending[begin:end] - first
-            for group in _groups(local, self.block_rows, budget):
-                regions: list[Region] = []
-                targets: list[np.ndarray | None] = []
-                placements: list[_Placement] = []
-                for a, b in group:
-                    for c, d, whole in _stretches(local, a, b):
-                        start, stop = int(local[c]), int(local[d - 1]) + 1
-                        wanted = slice(begin + c, begin + d) if order is None else order[begin + c : begin + d]
-                        for places, axis in runs:
-                            direct = whole and isinstance(wanted, slice)
-                            regions.append((slice(start, stop), axis))
-                            targets.append(out[wanted, places] if direct else None)
-                            placements.append((wanted, places, None if direct else local[c:d] - start))
-                begun.append((part, part.begin(name, regions, targets), placements))
-                if len(begun) > 1:
-                    finish_first()
-        while begun:
-            finish_first()
+        try:
+            for part, first in zip(self.parts, self.row_starts[:-1], strict=True):
+                begin, end = np.searchsorted(ascending, [first, first + part.rows])
+                local = ascending[begin:end] - first
+                for group in _groups(local, self.block_rows, budget):
+                    regions: list[Region] = []
+                    targets: list[np.ndarray | None] = []
+                    placements: list[_Placement] = []
+                    for a, b in group:
+                        for c, d, whole in _stretches(local, a, b):
+                            start, stop = int(local[c]), int(local[d - 1]) + 1
+                            wanted = slice(begin + c, begin + d) if order is None else order[begin + c : begin + d]
+                            for places, axis in runs:
+                                direct = whole and isinstance(wanted, slice)
+                                regions.append((slice(start, stop), axis))
+                                targets.append(out[wanted, places] if direct else None)
+                                placements.append((wanted, places, None if direct else local[c:d] - start))
+                    begun.append((part, part.begin(name, regions, targets), placements))
+                    if len(begun) > 1:
+                        finish_first()
+            while begun:
+                finish_first()
+        finally:  # of an error: nothing is written to `out` once it is raised
+            for _, reading, _ in begun:
+                for future in reading.futures:
+                    future.exception()
 
     def stats(self) -> Stats:
         """Statistics over the published `train` rows of all parts. UserError where there are none."""

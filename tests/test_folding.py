@@ -107,6 +107,14 @@ def test_weights_too_large_for_float16_are_one_line(tmp_path: Path, name: str):
         torch_clt.CLT.from_pretrained(path, dtype=dtype)
     with pytest.raises(UserError, match=f"{name} has weights too large for float16"):
         torch_clt.CLT.from_pretrained(path, dtype=torch.float16)
+    if name == "W_dec_2":
+        lazy = torch_clt.CLT.from_pretrained(path, dtype=torch.float16, lazy=True)
+        lazy.decoder_rows(2, torch.tensor([0, 2]))
+        with pytest.raises(UserError, match=f"{name} has weights too large for float16"):
+            lazy.decoder_rows(2, torch.tensor([0, 1]))
+        features = torch_clt.Features(torch.ones(1, 1), torch.tensor([[1]]))
+        with pytest.raises(UserError, match=f"{name} has weights too large for float16"):
+            lazy.contribution(2, 2, features)
 
 
 def test_constants_are_folded_in_and_gone(tmp_path: Path):

@@ -1,6 +1,7 @@
 """The step on meshes of eight devices against one device, and what its compiled program sends between devices."""
 
 import re
+from collections.abc import Iterator
 from functools import cache, partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
+from cltjax import sparse_products
 from cltjax.config import TrainConfig
 from cltjax.sparsity import candidates
 from cltjax.step import Frozen, make_step
@@ -73,6 +75,25 @@ def test_a_step_is_the_same_on_every_mesh(activation: str, shape: tuple[int, int
     assert (np.round(state.density * B) == np.round(alone.density * B)).all()  # tokens that each feature fired on
     assert (state.silent == alone.silent).all()
     assert 0 < np.sum(alone.silent == 0) < alone.silent.size
+
+
+@pytest.fixture
+def slot_by_slot(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Sparse products the way of GPUs."""
+    jax.clear_caches()
+    monkeypatch.setattr(sparse_products, "by_row", lambda: False)
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+def test_a_step_is_the_same_slot_by_slot(activation: str, request: pytest.FixtureRequest):
+    of, frozen, held = sharded_case(activation)
+    alone, alone_figures = on_one_device(activation)
+    request.getfixturevalue("slot_by_slot")
+    state, figures = after_one_step(of, (2, 4), frozen, held)
+    close(state, alone)
+    close(figures, alone_figures)
 
 
 @settings(max_examples=40, deadline=None)

@@ -82,3 +82,11 @@ def test_places_are_ordered_by_feature(features: int, tokens: int, slots: int, b
     flat = indices.reshape(-1)
     assert order.tolist() == np.argsort(flat, kind="stable").tolist()
     assert starts.tolist() == np.searchsorted(flat[order], np.arange(features + 1)).tolist()
+
+
+def test_feature_and_place_fit_into_one_integer_or_are_sorted_apart():
+    """At the limit: 2^20 features and 2^12 places are 2^32 keys, and slots without a feature need one more."""
+    indices = np.random.default_rng(0).integers(0, 2**20 + 1, (2**11, 2)).astype(np.int32)
+    indices[::7] = 2**20
+    order, _ = by_feature(jnp.asarray(indices), 2**20)
+    assert np.asarray(order).tolist() == np.argsort(indices.reshape(-1), kind="stable").tolist()

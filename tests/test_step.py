@@ -20,6 +20,7 @@ from cltjax.step import (
     Frozen,
     TrainState,
     annealed_steps,
+    clip,
     graph_of,
     initial_state,
     make_gradients,
@@ -348,3 +349,10 @@ def test_the_encoder_has_no_dense_backward_pass(activation: str, revive: float):
     large = [tuple(sorted(shape)) for shape in products(program.jaxpr) if np.prod(shape) > max(B, F)]
     assert large == [tuple(sorted((2, B, F)))]  # forward
     assert str(program).count("cond[") == 2 * (revive > 0)  # forward and backward
+
+
+@pytest.mark.parametrize("norm, expected", [(0.0, 0.0), (0.3, 0.3), (0.5, 0.5), (7.0, 0.5)])
+def test_only_gradients_above_the_bound_are_clipped(norm: float, expected: float):
+    gradients = {"a": np.array([0.6, 0.0]) * norm, "b": np.array([[0.8]]) * norm}
+    clipped, _ = clip(0.5).update(gradients, optax.EmptyState())
+    assert float(optax.tree.norm(clipped)) == pytest.approx(expected, abs=1e-6)

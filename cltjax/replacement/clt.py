@@ -64,7 +64,8 @@ class CLT:
         dtype: torch.dtype = torch.float32,
         lazy: bool = False,
     ) -> "CLT":
-        """Load a CLT directory. UserError where it is not whole, and where `dtype` cannot hold its weights.
+        """Load a CLT directory. UserError where it is not whole, and where `dtype` cannot hold its weights (of decoders
+        that are read lazily, once they are needed).
 
         lazy: leave the decoders in their files and read the rows of active features as they are needed, for CLTs that
         are larger than memory.
@@ -123,7 +124,7 @@ class CLT:
         values, indices = values.reshape(-1, values.shape[-1]), indices.reshape(-1, indices.shape[-1])
         if W.device != self.device or W.dtype != self.dtype:  # in its file: only the rows that are needed
             used, indices = indices.unique(return_inverse=True)
-            rows = W[used.to(W.device), slot].to(self.device, self.dtype)
+            rows = held(W[used.to(W.device), slot], self.device, self.dtype, f"W_dec_{source}")
         else:
             rows, indices = W.view(-1, W.shape[2]), indices * W.shape[1] + slot
         return weighted_sum(rows, values, indices).reshape(shape)
@@ -131,7 +132,7 @@ class CLT:
     def decoder_rows(self, source: int, indices: Tensor) -> Tensor:
         """W_dec of the features at `indices` [n]: [n, T_l, D] float32, rounded to `dtype`, nearest target first."""
         W = self._decoders[source]
-        return W[indices.to(W.device)].to(self.device, self.dtype).float()
+        return held(W[indices.to(W.device)], self.device, self.dtype, f"W_dec_{source}").float()
 
     def encoder_rows(self, source: int, indices: Tensor) -> Tensor:
         """W_enc of the features at `indices` [n]: [n, D] float32."""
