@@ -19,25 +19,23 @@ peak: of the whole process, with its model.
 import argparse
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 from benchmarks.circuit_tracer_graphs import describe, memory, random_llama, random_prompt, random_weights, save_llama
 from benchmarks.memory import LIMIT, ROOT
+from benchmarks.report import machine, publish
 from capture.vlm import VLM, Encoded, load
 from cltjax.circuit_tracer import write_circuit_tracer
 from cltjax.clt_directory import CLTDirectory, write_clt
@@ -265,17 +263,6 @@ def say(*cells: str) -> None:
     print("  ".join(cells), flush=True)
 
 
-def machine(options: argparse.Namespace) -> str:
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
-    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    gpu = f", {torch.cuda.get_device_name()}" if options.device != "cpu" and torch.cuda.is_available() else ""
-    cores = len(os.sched_getaffinity(0))
-    return (
-        f"{cores} cores of {platform.machine()}, {size:.0f} GiB{gpu}, load {os.getloadavg()[0]:.1f} before; "
-        f"{options.threads} threads, Python {platform.python_version()}, {versions}"
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
@@ -295,7 +282,8 @@ def main() -> None:
         return
     # for all processes; threads that wait for others are not to count as work, or to keep others from theirs
     os.environ |= {"OMP_NUM_THREADS": str(options.threads), "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
-    first = machine(options)
+    gpu = f"{torch.cuda.get_device_name()}, " if options.device != "cpu" and torch.cuda.is_available() else ""
+    first = f"{gpu}{machine(*PACKAGES)}; {options.threads} threads, load {os.getloadavg()[0]:.1f} before"
     tables, lines = [], []
     for name in options.parts:
         if name == "demo" and options.clt is None:
@@ -305,14 +293,7 @@ def main() -> None:
         table.title_justify = "left"
         tables.append(table)
         lines += said
-    options.out.parent.mkdir(exist_ok=True)
-    with options.out.open("w", encoding="utf-8") as file:
-        for console in (Console(width=150), Console(width=150, file=file)):
-            console.print(first, highlight=False)
-            for table in tables:
-                console.print(table)
-            for line in lines:
-                console.print(line, highlight=False)
+    publish(options.out, [first, *tables, *lines])
 
 
 if __name__ == "__main__":

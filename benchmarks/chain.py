@@ -12,8 +12,6 @@ What is learned is of no interest (random weights, few steps); that bfloat16 mea
 
 import argparse
 import json
-import os
-import platform
 import random
 import shlex
 import shutil
@@ -21,13 +19,12 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.memory import LIMIT, ROOT, stage
+from benchmarks.report import machine, publish
 from cltjax.files import write_json
 from examples.shapes.scenes import random_scene_of, render
 
@@ -126,24 +123,18 @@ def table(done: list[Done]) -> Table:
     return found
 
 
-def report(done: list[Done], out: Path, console: Console) -> None:
+def report(done: list[Done], out: Path) -> Iterator[str | Table]:
     """The machine, the commands, the table, and the test FVU of each CLT directory."""
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    cores = len(os.sched_getaffinity(0))
-    console.print(
-        f"{cores} cores of {platform.machine()}, {memory:.0f} GiB, Python {platform.python_version()}, {versions}",
-        highlight=False,
-    )
+    yield machine(*PACKAGES)
     for one in done:
-        console.print(f"$ python {one.step.command}", highlight=False, markup=False)
-    console.print(table(done))
+        yield f"$ python {one.step.command}"
+    yield table(done)
     for folder in sorted(out.glob("clt-*")):
         for file in folder.glob("metrics-*.json"):
             fvu = json.loads(file.read_text(encoding="utf-8"))["fvu"]["all"]
-            console.print(f"{folder.name}: test FVU {fvu:.5f}", highlight=False)
+            yield f"{folder.name}: test FVU {fvu:.5f}"
     highest = max(one.peak for one in done)
-    console.print(f"highest peak {highest:.2f} GB, limit {LIMIT:.0f} GB", highlight=False)
+    yield f"highest peak {highest:.2f} GB, limit {LIMIT:.0f} GB"
 
 
 def main() -> None:
@@ -162,10 +153,7 @@ def main() -> None:
     rng = random.Random(0)
     render(random_scene_of("test", rng), rng).save(options.out / "image.png")
     done = [run(step, options.out) for step in steps(options.samples, options.steps, options.features)]
-    RESULT.parent.mkdir(exist_ok=True)
-    with RESULT.open("w", encoding="utf-8") as file:
-        for console in (Console(width=150), Console(width=150, file=file)):
-            report(done, options.out, console)
+    publish(RESULT, report(done, options.out))
     sys.exit(max(one.peak for one in done) > LIMIT)
 
 

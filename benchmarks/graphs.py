@@ -20,10 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.quality import machine
+from benchmarks.report import machine, publish
 from capture.prompts import resolve_template
 from capture.vlm import load
 from cltjax.replacement.asking import following_ids
@@ -61,10 +60,7 @@ def main() -> None:
     for one in found.values():  # paths of this machine say nothing elsewhere
         one["figures"] = {name: value for name, value in one["figures"].items() if name not in ("settings", "model")}
     (RESULTS / "graphs.json").write_text(json.dumps(found, indent=1))
-    with (RESULTS / "graphs.txt").open("w") as file:
-        for console in (Console(width=110), Console(width=110, file=file)):
-            console.print(machine(), highlight=False)
-            console.print(table(found))
+    publish(RESULTS / "graphs.txt", [machine("torch", "transformers"), table(found)], width=110)
 
 
 def chain(clt: CLT, count: int) -> dict[str, Any]:

@@ -7,14 +7,14 @@
 One epoch's batches of the train rows are taken as the training loop takes them, read ahead on threads, and nothing is
 done with them; another epoch comes before, untimed. The plain read goes through the store's arrays in the order of
 their files, with `readinto` of 8 MiB, until it has as many bytes as the layers and rows of these batches take in the
-store; so whatever the loader reads beyond them counts against it. The two take turns. Cold: before each, the files are
-dropped from the page cache (POSIX_FADV_DONTNEED). Warm: all of them have been read. What is printed is also added to
-benchmarks/results/loader.txt.
+store; so whatever the loader reads beyond them counts against it. The third, tensorstore, reads as many rows of these
+layers in their order into memory that is there already, checksums and all: what is left to a loader that neither
+shuffles nor skips. The three take turns. Cold: before each, the files are dropped from the page cache
+(POSIX_FADV_DONTNEED). Warm: all of them have been read. What is printed is also added to benchmarks/results/loader.txt.
 """
 
 import argparse
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,13 +22,12 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import closing
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.report import machine, publish
 from cltjax.allocator import keep_freed_memory
 from cltjax.batches import Batches, read_ahead
 from cltjax.checkpoint import TIMING, read_lines
@@ -37,7 +36,7 @@ from cltjax.store import ActivationStore
 from cltjax.store_format import DTYPES, IMAGE, SPECIAL, TEXT, StoreSpec
 from cltjax.store_writer import Rows, StoreWriter
 from cltjax.tokens import token_rules
-from cltjax.wiring import spell_layers, wire
+from cltjax.wiring import Wiring, spell_layers, wire
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "loader.txt"
@@ -45,6 +44,7 @@ BAR, WAITING_BAR = 0.8, 0.05
 LAYERS, D = 8, 1024  # of a synthetic store
 SHARD_ROWS = 4096  # capture's default
 PLAIN_READ = 8 << 20
+STRETCH = 16384  # rows read in order at once
 BATCHES_AHEAD = 4  # as many as cltjax/training.py asks for
 # (--layer, --n-targets): one source with some targets, and all layers.
 RUNS = (("0", 4), ("all", 16))
@@ -109,6 +109,20 @@ def read_plainly(files: Sequence[Path], size: int, cold: Sequence[Path]) -> floa
     return time.perf_counter() - begun
 
 
+def read_in_order(store: ActivationStore, wiring: Wiring, rows: int, cold: Sequence[Path]) -> float:
+    """Seconds of reading the store's first `rows` rows at a run's layers, stretch by stretch."""
+    memory = [np.empty(*store.packed_shape(STRETCH, layers)) for layers in (wiring.sources, wiring.targets)]
+    for out in memory:
+        out.fill(0)
+    drop(cold)
+    begun = time.perf_counter()
+    for start in range(0, rows, STRETCH):
+        chosen = np.arange(start, min(start + STRETCH, rows))
+        for which, layers, out in zip(("site", "mlp_out"), (wiring.sources, wiring.targets), memory, strict=True):
+            store.read_packed(which, chosen, layers, out[: len(chosen)])
+    return time.perf_counter() - begun
+
+
 def take(batches: Batches, steps: Iterable[int]) -> None:
     """The batches of these steps, and then all that is read ahead of them."""
     with read_ahead((batches(step) for step in steps), depth=BATCHES_AHEAD) as feed:
@@ -148,13 +162,13 @@ def compare(store: ActivationStore, layer: str, n_targets: int, options: argpars
     share = needed / sum(path.stat().st_size for path in files)
     rows = []
     for cache in ("cold", "warm"):
-        found: dict[str, list[float]] = {"loader": [], "plain": []}
+        found: dict[str, list[float]] = {"loader": [], "plain": [], "in order": []}
         dropped = files if cache == "cold" else ()
         for _ in range(options.rounds):
             found["loader"].append(load(loader(), steps, dropped))
             found["plain"].append(read_plainly(files, needed, dropped))
-        ratios = [plain / loader for loader, plain in zip(found["loader"], found["plain"], strict=True)]
-        rates = [needed / 1e9 / statistics.median(found[side]) for side in ("loader", "plain")]
+            found["in order"].append(read_in_order(store, wiring, steps * size, dropped))
+        rates = [needed / 1e9 / statistics.median(seconds) for seconds in found.values()]
         rows.append(
             (
                 store.dtype,
@@ -162,18 +176,24 @@ def compare(store: ActivationStore, layer: str, n_targets: int, options: argpars
                 cache,
                 f"{needed / 1e9:.2f} ({share:.0%})",
                 *(f"{rate:.2f}" for rate in rates),
-                f"{statistics.median(ratios):.0%} ({min(ratios):.0%} to {max(ratios):.0%})",
+                *(of_pairs(found[side], found["loader"]) for side in ("plain", "in order")),
             )
         )
         print(*rows[-1], flush=True)
     return rows
 
 
+def of_pairs(other: Sequence[float], loader: Sequence[float]) -> str:
+    """The loader's rate as a share of another's, each time next to it: median and range."""
+    shares = [theirs / own for theirs, own in zip(other, loader, strict=True)]
+    return f"{statistics.median(shares):.0%} ({min(shares):.0%} to {max(shares):.0%})"
+
+
 def loader_table(options: argparse.Namespace) -> Table:
     table = Table(title=f"one epoch of train rows, {options.rounds} pairs", title_justify="left")
-    for name in ("store", "layers", "page cache", "GB needed (of the store's)", "loader GB/s", "plain read GB/s"):
+    names = "store|layers|page cache|GB (of the store's)|loader GB/s|plain|in order"
+    for name in (*names.split("|"), f"loader of plain (bar {BAR:.0%} cold)", "loader of in order"):
         table.add_column(name, justify="right")
-    table.add_column(f"loader of plain, median (range); bar {BAR:.0%} cold", justify="right")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for dtype in ("bfloat16", "int8"):
             if options.store is not None:
@@ -188,7 +208,7 @@ def loader_table(options: argparse.Namespace) -> Table:
     return table
 
 
-def waiting(options: argparse.Namespace) -> list[str]:
+def waiting(options: argparse.Namespace) -> str:
     """Train for a while, as a user does, and say which share of the time went by waiting for a batch."""
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         run = Path(folder) / "run"
@@ -200,10 +220,10 @@ def waiting(options: argparse.Namespace) -> list[str]:
     share = sum(line["seconds"] * line["waiting"] for line in timings) / seconds
     most = max(line["waiting"] for line in timings)
     rate = sum(line["tokens_per_s"] * line["seconds"] for line in timings) / seconds
-    return [
+    return (
         f"{options.train.name}, {options.steps} steps: {share:.1%} of {seconds:.0f} s spent waiting for data "
         f"(at most {most:.1%} between two records), {rate:,.0f} tokens/s; bar {WAITING_BAR:.0%}"
-    ]
+    )
 
 
 def main() -> None:
@@ -225,23 +245,13 @@ def main() -> None:
     keep_freed_memory()  # as train.py does
     options.data = DataConfig(options.page_rows, options.buffer_mib)
 
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("tensorstore", "numpy", "jax"))
-    said = [
-        f"{len(os.sched_getaffinity(0))} cores of {platform.machine()}, load {os.getloadavg()[0]:.1f} before, "
-        f"Python {platform.python_version()}, {versions}; buffer {options.data.buffer_mib} MiB, "
-        + (f"pages of {options.page_rows} rows" if options.page_rows else "pages as train.py chooses")
-    ]
-    tables = []
-    if options.train:
-        said += waiting(options)
-    else:
-        tables.append(loader_table(options))
-    with options.results.open("a", encoding="utf-8") as file:
-        for console in (Console(width=160), Console(width=160, file=file)):
-            for line in said:
-                console.print(line, highlight=False)
-            for table in tables:
-                console.print(table)
+    pages = f"pages of {options.page_rows} rows" if options.page_rows else "pages as train.py chooses"
+    said = (
+        f"{machine('tensorstore', 'numpy', 'jax')}, load {os.getloadavg()[0]:.1f} before; "
+        f"buffer {options.data.buffer_mib} MiB, {pages}"
+    )
+    found = [waiting(options)] if options.train else [loader_table(options)]
+    publish(options.results, [said, *found], width=160, append=True)
 
 
 if __name__ == "__main__":

@@ -15,19 +15,19 @@ a GPU has no room for both, so one comes after the other. What is printed goes t
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.report import machine, publish
 from cltjax.config import ModelConfig, TrainConfig
 from cltjax.estimate import Cost, ModelShape, Rates, estimate
 
@@ -282,12 +282,12 @@ def main() -> None:
     # The allocator's pool of memory has its size after a few steps.
     options.warm_up = {"ours": 8, "dense": 1}
     options.steps = {"ours": 10, "dense": 10} if options.gpu else {"ours": 3, "dense": 1}
-    machine = f"{len(os.sched_getaffinity(0))} cores of {platform.machine()}, Python {platform.python_version()}"
 
     found = [compare(shape, options) for shape in options.shapes]
     predicted = [predict(shape, options) for shape in options.predict]
     grown = growth(options.growth, options) if options.growth else {}
-    said = [f"{machine}, {', '.join(found[0]['versions'].values())}; {options.dtype}"] if found else [machine]
+    versions = ", ".join(found[0]["versions"].values()) if found else "jax " + metadata.version("jax")
+    said = [f"{machine()}, {versions}; {options.dtype}"]
     for one in found:
         if "beside" in one:
             rate = one["shape"]["B"] / statistics.median(one["ours"])
@@ -304,12 +304,7 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     results = {"said": said, "compared": found, "predicted": predicted, "growth": grown}
     (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1))
-    with (RESULTS / f"{name}.txt").open("w", encoding="utf-8") as file:
-        for console in (Console(width=160), Console(width=160, file=file)):
-            for line in said:
-                console.print(line, highlight=False)
-            for table in tables:
-                console.print(table)
+    publish(RESULTS / f"{name}.txt", [*said, *tables], width=160)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ sample are alike, so the more pages a buffer holds, the better a batch is mixed.
 Where image tokens have a share of their own, they and all others are two such streams, each with its own epochs.
 """
 
+import math
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -179,6 +180,7 @@ class Batches:
         # int8 counts as if it were float32, as it once was in memory: an old run goes on in the order it began with.
         item = 4 if store.dtype == "int8" else DTYPES[store.dtype].itemsize
         row_bytes = (len(sources) + len(targets)) * store.d_model * item
+        self.batch_bytes = batch_size * row_bytes
         # One buffer in use and one that is read; the streams share in them as they share in a batch.
         most_rows = (data.buffer_mib << 20) // 2 // row_bytes
         everywhere = np.arange(batch_size)
@@ -207,6 +209,21 @@ class Batches:
         else:
             x, y = pieces[0]
         return Batch(x, y) if self.in_order else Batch(x[self.gather], y[self.gather])
+
+    def advice(self) -> str | None:
+        """One line where pages are smaller than the blocks that are read for them, and what to do; else None."""
+        small = [one for one in self.streams if one.order.per_epoch > 1 and one.order.page_rows < one.store.block_rows]
+        if not small:
+            return None
+        worst = min(small, key=lambda one: len(one.needed))  # the smallest buffer
+        page, block = worst.order.page_rows, worst.store.block_rows
+        share = self.batch_bytes / len(worst.needed)  # of a row of this stream, the other's beside it included
+        mib = math.ceil(2 * ENOUGH_PAGES * MOST_PAGE_ROWS * share / 2**20)
+        return (
+            f"rows of this size are many bytes: pages of {page} out of blocks of {block} rows read about "
+            f"{(page - 1 + block) / page:.1f} times what is used, and with --data.buffer-mib {mib} "
+            f"{(MOST_PAGE_ROWS - 1 + block) / MOST_PAGE_ROWS:.1f} times"
+        )
 
     def close(self) -> None:
         """Stop reading ahead."""

@@ -241,6 +241,8 @@ def train(config: TrainConfig, stop_after: int | None = None) -> Path:
             state, meta = checkpoints.restore(last, abstract_state(config, wiring, scales, mesh))
             say(f"resuming {run} at step {last}")
         say_plan(config, store, rules, wiring, run)
+        if advice := batches.advice():
+            say(advice)
         frozen = with_room(store, inputs, wiring.targets, rules, frozen, arrays, mesh)
         records = opened.enter_context(closing(Lines(run / METRICS, meta.get("metrics_bytes", 0))))
         kept = 0 if last is None else whole_lines(run / TIMING)

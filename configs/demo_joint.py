@@ -4,9 +4,8 @@
     python train.py --config configs/demo_joint.py
     python evaluate.py --clt runs/L0-5 --store activations
 
-921,600 tokens, 132 s of training on two idle cores, under three minutes with start-up, validation and measuring. On
-105,107 test rows: mean FVU .0134 (text .022, image .010), worst target .0253; slopes .992 to .999; L0 16.1 a source;
-0.9 % dead.
+921,600 tokens, 117 s of training on two idle cores, 139 s with start-up, validation and measuring. On 105,107 test
+rows: mean FVU .0134 (text .022, image .010), worst target .0254; slopes .991 to 1.000; L0 16.0 a source; 1.1 % dead.
 
 batchtopk is the best of the rules tried at this number of active features: at 2,600 steps .0118, where topk had .0167
 (benchmarks/quality.py, with an earlier form of the revival). Its step takes 1.6 times as long as topk's. No more than

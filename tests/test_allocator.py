@@ -66,6 +66,9 @@ def test_without_a_plugin_jax_computes_on_the_cpu(
     assert will_use_cpu()
     monkeypatch.setattr(metadata, "entry_points", lambda group: ("cuda12",))
     assert not will_use_cpu()
+    monkeypatch.setattr(metadata, "entry_points", lambda group: ())
+    monkeypatch.setattr(util, "find_spec", lambda name: "a folder" if name == "jax_plugins" else None)
+    assert not will_use_cpu()
 
 
 def test_training_sets_it_before_jax_starts(monkeypatch: pytest.MonkeyPatch):

@@ -1,6 +1,7 @@
 """The order of training rows: every row once an epoch, any step on its own, and the rows that were asked for."""
 
 import dataclasses
+import re
 import threading
 import time
 import zlib
@@ -316,6 +317,30 @@ def test_two_streams_share_the_memory(monkeypatch, store: ActivationStore):
         rules = token_rules(store, (0,), (1, 2, 3), TokensConfig(image_share=share))
         Batches(store, (0,), (1, 2, 3), rules, size, DataConfig(buffer_mib=3), 0).close()
     assert asked == [(256, most), (256, most * 30 // 40), (128, most * 10 // 40)]
+
+
+@pytest.mark.parametrize("share", [None, 0.3])
+def test_small_pages_are_said_with_the_buffer_that_has_large_ones(monkeypatch, store: ActivationStore, share):
+    """Followed, the advice gives whole pages; one MiB less does not. (Rows are made 1000 times as wide.)"""
+    monkeypatch.setattr("cltjax.batches.DTYPES", {store.dtype: np.dtype("V2000")})
+    rules = rules_of(store, image_share=share)
+
+    def batches(data: DataConfig) -> Batches:
+        found = Batches(store, (0, 2), (3, 1), rules, 40, data, 0)
+        found.close()
+        return found
+
+    advice = batches(DataConfig(buffer_mib=3)).advice()
+    assert advice is not None
+    said = re.search(
+        r"pages of (\d+) out of blocks of 43 rows read about ([\d.]+) times .* --data.buffer-mib (\d+)", advice
+    )
+    assert said and int(said[1]) == 16 and float(said[2]) == 3.6
+    for less, whole in ((0, True), (1, False)):
+        enough = batches(DataConfig(buffer_mib=int(said[3]) - less))
+        assert (min(one.order.page_rows for one in enough.streams) == 256) == whole and enough.advice() is None
+    assert batches(DataConfig(page_rows=64, buffer_mib=3)).advice() is None
+    assert batches(DataConfig(page_rows=8, buffer_mib=3)).advice() is not None
 
 
 def test_pages_shrink_where_a_buffer_would_hold_few():

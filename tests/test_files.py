@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import json
 import os
 import threading
@@ -8,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from cltjax import files
 from cltjax.errors import UserError
-from cltjax.files import Lock, delete_leftovers, whole_folder, write_json, write_whole
+from cltjax.files import Lock, delete_leftovers, reserved, whole_folder, write_json, write_whole
 
 
 def test_json_is_read_back_and_leaves_nothing_beside_it(tmp_path: Path):
@@ -134,6 +136,22 @@ def test_writers_of_a_file_wait_for_each_other(tmp_path: Path):
             one.result()
             assert path.read_text() in texts
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_who_waited_has_the_file_of_this_name_and_not_one_that_was_moved_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path, moved, real = tmp_path / ".a.tmp", [], files.lock
+
+    def lock_late(descriptor: int, how: int) -> bool:
+        if not moved:  # the one before moves its file into place just as its lock goes
+            moved.append(path.rename(tmp_path / "a"))
+        return real(descriptor, how)
+
+    monkeypatch.setattr(files, "lock", lock_late)
+    with reserved(path), path.open() as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert moved
 
 
 def test_a_file_that_a_killed_writer_left_is_written_over(tmp_path: Path):

@@ -191,6 +191,21 @@ def test_exact_is_what_greedy_decoding_gives_and_where_it_stops(monkeypatch: pyt
     assert exact([said[0], [*said[1][:2], strange]]) == [1, 0]
 
 
+def test_end_tokens_inside_a_prompt_are_tokens_like_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chat templates end every turn with one: only an answer's end may be any of them."""
+    vlm, prompts, runs = wrapped("mistral3"), FAMILIES["mistral3"].samples()[::2], {ORIGINAL: nullcontext}
+    asked = {int(token) for prompt in prompts for token in prompt["input_ids"].flatten()} - {IMAGE_ID}
+    answer = [token for token in range(3, VOCABULARY) if token not in asked and token != IMAGE_ID][:2]
+    found = []
+    for ends in ([], sorted(asked)):
+        monkeypatch.setattr(vlm.model.generation_config, "eos_token_id", ends)
+        found.append(forced(vlm, runs, prompts, [answer] * len(prompts)))
+    without, with_ends = found
+    assert len(asked) > 3 and without.keys() == with_ends.keys()
+    for key, values in without.items():
+        np.testing.assert_array_equal(with_ends[key], values, err_msg=str(key))
+
+
 # Several devices ---------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from cltjax import store as store_module
 from cltjax.errors import UserError
-from cltjax.store import ActivationStore
+from cltjax.store import ActivationStore, StorePart
 from cltjax.store_format import COLUMNS, MANIFEST, dequantise, part_folder, quantise, unpack
 from store_cases import LAYERS, Case, D, as_read, make_case, write
 
@@ -116,6 +116,22 @@ def test_any_rows_of_any_layers(case: Case, path: Path, joined: Path, data: st.D
         monkeypatch.setattr(store_module, "_FEWEST_ROWS", data.draw(st.sampled_from([1, 5, 32])))
         found = ActivationStore.open(folder).read(which, rows, layers)
     np.testing.assert_array_equal(found, case.values(which)[rows][:, [LAYERS.index(layer) for layer in layers]])
+
+
+def test_neighbouring_rows_are_read_straight_into_their_place(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows with gaps, which are picked from what was read, nothing is."""
+    store, straight, begin = ActivationStore.open(path), [], StorePart.begin
+
+    def noted(part: StorePart, name: str, regions: Any, targets: Any) -> Any:
+        straight.extend(target is not None and np.shares_memory(target, out) for target in targets)
+        return begin(part, name, regions, targets)
+
+    monkeypatch.setattr(StorePart, "begin", noted)
+    for step, expected in ((1, True), (2, False)):
+        rows, straight[:] = np.arange(3, 90, step), []
+        out = np.empty(*store.packed_shape(len(rows), (1, 4)))
+        store.read_packed("site", rows, (1, 4), out)
+        assert straight and set(straight) == {expected}
 
 
 def test_slices_of_rows(case: Case, joined: Path) -> None:

@@ -1,0 +1,32 @@
+"""What benchmarks have in common: the machine's line, and results that go on the screen and into a file alike."""
+
+import os
+import platform
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+
+def machine(*packages: str) -> str:
+    """Processor and memory, Python's version and those of packages."""
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    cores = f"{len(os.sched_getaffinity(0))} cores of {platform.machine()}, {size:.0f} GiB"
+    return ", ".join(
+        [cores, f"Python {platform.python_version()}", *(f"{name} {metadata.version(name)}" for name in packages)]
+    )
+
+
+def publish(path: Path, items: Iterable[str | Table], *, width: int = 150, append: bool = False) -> None:
+    """Print lines and tables, and write them to `path`: instead of what is there, or behind it."""
+    items = list(items)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a" if append else "w", encoding="utf-8") as file:
+        for console in (Console(width=width), Console(width=width, file=file)):
+            for item in items:
+                if isinstance(item, str):
+                    console.print(item, highlight=False, markup=False, soft_wrap=True)
+                else:
+                    console.print(item)
