@@ -22,16 +22,16 @@ from cltjax.typed import check_types, converted
 NOT_THE_RUN = ("store", "out", "config", "given", "start_from", "log", "mesh", "processes")
 
 Activation = Literal["topk", "topk_joint", "batchtopk", "jumprelu", "relu"]
-# The rules that `k` sets; the others are steered by a penalty.
+# The rules under which `k` features are active by construction; under the others a penalty sees to it.
 K_RULES: tuple[Activation, ...] = ("topk", "topk_joint", "batchtopk")
+PENALISED: tuple[Activation, ...] = ("jumprelu", "relu")
 # Sparsity options that only some rules have.
 ONLY_UNDER: dict[str, tuple[Activation, ...]] = {
-    "penalty": ("jumprelu", "relu"),
-    "ramp": ("jumprelu", "relu"),
+    "penalty": PENALISED,
+    "ramp": PENALISED,
     "scale": ("jumprelu",),
     "threshold": ("jumprelu",),
     "bandwidth": ("jumprelu",),
-    "k_start": K_RULES,
 }
 FEW_DEAD = 8  # dead features are few when at most one in so many is dead in any source: `revive` then costs little
 
@@ -45,7 +45,8 @@ class ModelConfig:
     k: float | tuple[float, ...] = 16
     """Active features per token and source layer; below 1 a share of the features. Several numbers: one a source."""
     activation: Activation = "topk"
-    """topk: k a token and source; topk_joint: over all sources; batchtopk: over a batch; jumprelu, relu: by penalty."""
+    """topk: k a token and source; topk_joint: over all sources; batchtopk: over a batch; jumprelu, relu: by penalty,
+    which is steered towards k."""
     slots: int | None = None
     """Most active features of a training token and source, for rules other than topk; by default 4 k, or all."""
 
@@ -54,18 +55,19 @@ class ModelConfig:
 class SparsityConfig:
     """How features are kept few and alive while training."""
 
-    penalty: float = 1e-3
-    """Weight of the sparsity penalty of jumprelu and relu: sum of tanh(scale a |W_dec|), or of a |W_dec|."""
+    penalty: float | None = None
+    """Weight of the sparsity penalty of jumprelu and relu: sum of tanh(scale a |W_dec|), or of a |W_dec|. By default
+    each source has its own, which rises while more than k of its features are active, and falls while fewer are."""
     scale: float = 4.0
     """Scale inside jumprelu's tanh."""
     ramp: float = 1.0
-    """Share of the steps over which the penalty rises to its weight, linearly."""
+    """Share of the steps over which the penalty rises to `penalty`, linearly."""
     threshold: float = 0.03
     """jumprelu's initial threshold."""
     bandwidth: float = 1.0
     """Width of the window around a threshold in which the straight-through estimator lets its gradient pass."""
     k_start: float = 1.0
-    """topk rules begin with so many times k active features ..."""
+    """Begin with so many times k active features ..."""
     anneal: float = 0.2
     """... and come down to k over this share of the steps, linearly."""
     dead_after: int | None = None
@@ -238,7 +240,7 @@ class TrainConfig:
             "warmup": self.warmup_steps,
             "weight-decay": self.weight_decay,
             "seed": self.seed,
-            "sparsity.penalty": self.sparsity.penalty,
+            "sparsity.penalty": self.sparsity.penalty or 0,
             "sparsity.auxk": self.sparsity.auxk,
             "sparsity.revive": self.sparsity.revive,
             "sparsity.dead-after": self.sparsity.dead_after or 0,
@@ -265,10 +267,26 @@ class TrainConfig:
             if value != default and self.model.activation not in rules:
                 raise UserError(
                     f"--sparsity.{name.replace('_', '-')} {value:g} does nothing under --model.activation "
-                    f"{self.model.activation}, only under {', '.join(rules)}: leave it at {default:g}"
+                    f"{self.model.activation}, only under {', '.join(rules)}: leave it out"
                 )
+        if self.steered and self.sparsity.ramp != SparsityConfig().ramp:
+            raise UserError("--sparsity.ramp does nothing without --sparsity.penalty: name both, or leave it")
+        if self.penalised and not self.steered and self.sparsity.k_start != 1:
+            raise UserError(
+                "--sparsity.k-start does nothing beside --sparsity.penalty, which stays as given: leave one"
+            )
         if self.batch_size % self.microbatches:
             raise UserError(f"--batch-size {self.batch_size} does not divide into --microbatches {self.microbatches}")
+
+    @property
+    def penalised(self) -> bool:
+        """Whether the rule is one that a penalty keeps sparse."""
+        return self.model.activation in PENALISED
+
+    @property
+    def steered(self) -> bool:
+        """Whether that penalty follows k."""
+        return self.penalised and self.sparsity.penalty is None
 
     @property
     def learning_rate(self) -> float:

@@ -17,6 +17,9 @@ from jax.experimental import sparse
 
 from cltjax.axes import varying_like, zeros
 
+# Tokens handled by one turn of a loop, by row. On two cores, for 4096 tokens of 32 rows of 4096 numbers: 217 ms with 1,
+# 155 with 4 to 16, 181 with 64; for 512 of 768, as in a CLT of the demo VLM: 5.8, 4.1 and 5.
+TOKENS = 8
 # Slots handled by one turn of a loop. More do not make a step faster on CPU, but longer to compile.
 UNROLL = 2
 # An unsigned integer that holds a feature and a place in a batch together sorts four times as fast as the two do.
@@ -62,13 +65,13 @@ def gather_dot_loop(table: jax.Array, rows: jax.Array, indices: jax.Array) -> ja
 
 
 def gather_dot_by_row(table: jax.Array, rows: jax.Array, indices: jax.Array) -> jax.Array:
-    """`gather_dot` of table [F, M] and rows [n, M], token by token: a matrix [C, M] times a vector."""
+    """`gather_dot` of table [F, M] and rows [n, M], by some tokens at a time: a matrix [C, M] times a vector each."""
 
     def dot(token: tuple[jax.Array, jax.Array]) -> jax.Array:
         row, index = token
         return table.at[index].get(mode="clip").astype(jnp.float32) @ row
 
-    return jax.lax.map(dot, (rows, indices))
+    return jax.lax.map(dot, (rows, indices), batch_size=TOKENS)
 
 
 def scatter_sum(values: jax.Array, indices: jax.Array, rows: jax.Array, features: int) -> jax.Array:

@@ -21,7 +21,18 @@ from jax.sharding import PartitionSpec as P
 from cltjax.axes import MESH, Axes, total, varying_like
 from cltjax.clt import CLT
 from cltjax.config import TrainConfig, k_values, slots_of
-from cltjax.loss import activate, auxiliary, k_at, penalty, penalty_weight, revival, squared_errors
+from cltjax.loss import (
+    Steered,
+    activate,
+    auxiliary,
+    k_at,
+    penalty,
+    penalty_weight,
+    revival,
+    squared_errors,
+    steer,
+    unsteered,
+)
 from cltjax.normalisation import Normalisation
 from cltjax.store_format import SCALE_BYTES
 from cltjax.wiring import Wiring
@@ -48,6 +59,7 @@ class TrainState(NamedTuple):
     silent: jax.Array  # [S, F] int32: tokens since a feature was last active
     density: jax.Array  # [S, F] float32: firing rate, averaged over the last DENSITY_TOKENS or so
     step: jax.Array  # [] int32: steps done
+    penalty: Steered | None = None  # where it is steered
 
 
 def names_in(path: tuple) -> list[str]:
@@ -121,9 +133,9 @@ def initial_state(config: TrainConfig, wiring: Wiring, scales: Normalisation) ->
     _, parameters, constants = nnx.split(build(config, wiring, scales), nnx.Param, ...)
     shape = len(wiring.sources), config.model.features
     optimiser = make_optimiser(config).init(parameters)
-    return TrainState(
-        parameters, constants, optimiser, jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros((), jnp.int32)
-    )
+    silent, density, step = jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros((), jnp.int32)
+    penalty = unsteered(config.model.activation, len(wiring.sources)) if config.steered else None
+    return TrainState(parameters, constants, optimiser, silent, density, step, penalty)
 
 
 def abstract_state(config: TrainConfig, wiring: Wiring, scales: Normalisation, mesh: Mesh) -> TrainState:
@@ -235,6 +247,12 @@ def make_gradients(
     slots = slots_of(config.model, config.sparsity.k_start if annealing else 1.0)
     data, model = MESH
 
+    def penalty_weights(state: TrainState) -> jax.Array:
+        if state.penalty is not None:
+            return state.penalty.weight
+        assert config.sparsity.penalty is not None
+        return penalty_weight(config.sparsity.penalty, config.sparsity.ramp, config.steps, state.step)
+
     def loss_of(parameters: nnx.State, state: TrainState, x: jax.Array, y: jax.Array, arrays: Sequence[nnx.State]):
         """This shard's part of one microbatch's loss; figures are sums over this shard's tokens."""
         clt: CLT = nnx.merge(graph, parameters, state.constants)
@@ -250,9 +268,9 @@ def make_gradients(
         weights = jnp.array(config.target_weights) if config.target_weights else jnp.ones(errors.shape)
         loss = weights @ errors / tokens
         dead = state.silent > dead_after(config)
-        if clt.activation in ("jumprelu", "relu"):
-            weight = penalty_weight(config.sparsity, config.steps, state.step)
-            loss += weight * penalty(clt, active, config.sparsity.scale, MESH) / tokens
+        if config.penalised:
+            found = penalty(clt, active, config.sparsity.scale, MESH) / tokens
+            loss += jnp.sum(penalty_weights(state) * found)
         if config.sparsity.revive > 0:
             losses = jax.lax.stop_gradient(of_tokens @ weights)
             loss += config.sparsity.revive * revival(clt, normal, active, dead, losses, MESH) / tokens
@@ -313,6 +331,8 @@ def make_step(
     `annealing`, which has room for more active features.
     """
     optimiser, rate = make_optimiser(config), schedule(config)
+    ks = k_values(config.model.k, config.model.features)
+    wanted = partial(k_at, ks, config.model.features, config.sparsity, config.steps)
     gradients_of = make_gradients(config, graph, mesh, frozen, annealing)
 
     def step(state: TrainState, x: jax.Array, y: jax.Array, arrays: Sequence[nnx.State]) -> tuple[TrainState, Figures]:
@@ -330,7 +350,11 @@ def make_step(
             "grad_norm": optax.tree.norm(gradients),
             "lr": rate(state.step),
         }
-        advanced = TrainState(parameters, state.constants, moments, silent, density, state.step + 1)  # type: ignore[arg-type]
+        steered = state.penalty
+        if steered is not None:
+            figures["penalty"] = steered.weight
+            steered = steer(steered, figures["l0"], wanted(state.step))
+        advanced = TrainState(parameters, state.constants, moments, silent, density, state.step + 1, steered)  # type: ignore[arg-type]
         keep = jax.tree.map(jax.lax.with_sharding_constraint, advanced, shardings(advanced, mesh))
         return keep, figures
 

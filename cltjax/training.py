@@ -149,9 +149,10 @@ class Window:
             setattr(self, name, [a + b for a, b in zip(before, values, strict=True)])
 
     def record(self, step: int, tokens: int, figures: dict[str, Any]) -> dict[str, Any]:
-        """The record of metrics.jsonl after `step` steps; means over the window, last values of dead, grad_norm, lr."""
+        """The record of metrics.jsonl after `step` steps; means over the window, last values of dead, grad_norm, lr
+        and, where they are steered, of the penalty's weights."""
         fvu = [error / power for error, power in zip(self.error, self.power, strict=True)]
-        return {
+        record = {
             "step": step,
             "tokens": tokens,
             "loss": self.loss / self.steps,
@@ -162,6 +163,9 @@ class Window:
             "full": max(self.full) / self.steps,
             **{name: float(figures[name]) for name in ("dead", "rare", "grad_norm", "lr")},
         }
+        if "penalty" in figures:
+            record["penalty_by_source"] = [float(weight) for weight in figures["penalty"]]
+        return record
 
 
 def plan(config: TrainConfig, store: ActivationStore) -> Wiring:
@@ -329,7 +333,7 @@ def validation(
 def say_plan(config: TrainConfig, store: ActivationStore, rules: TokenRules, wiring: Wiring, run: Path) -> None:
     """What is going to be done, and which options will do nothing."""
     tokens, model = config.steps * config.batch_size, config.model
-    k = "" if model.activation in ("jumprelu", "relu") else f" k={spell_numbers(model.k)}"
+    k = "" if config.penalised and not config.steered else f" k={spell_numbers(model.k)}"
     say(
         f"{run}: source {spell_layers(wiring.sources)} -> targets {spell_layers(wiring.targets)}, "
         f"F={model.features}, {model.activation}{k}; {tokens:,} tokens"

@@ -171,9 +171,9 @@ def k_at(step: int, config: TrainConfig, n_sources: int) -> tuple[int, ...]:
 
 
 def penalty_at(step: int, config: TrainConfig) -> float:
-    """lambda while `step` is made."""
+    """lambda while `step` is made, where it is given."""
     span = config.sparsity.ramp * config.steps
-    return config.sparsity.penalty * (min(1.0, (step + 1) / span) if span > 0 else 1.0)
+    return (config.sparsity.penalty or 0.0) * (min(1.0, (step + 1) / span) if span > 0 else 1.0)
 
 
 def rule_at(step: int, config: TrainConfig, n_sources: int) -> Rule:
@@ -213,11 +213,13 @@ def loss_and_gradients(
     config: TrainConfig,
     wiring: Wiring,
     given: Sequence[Any] = (),
+    penalties: Any = None,
 ) -> Result:
     """The training loss of a step, its parts, and its gradients in the structure of `parameters`, in float64.
 
     `parameters`: W_enc [S, F, D], b_enc [S, F], W_dec {"0": [F, T_l, D], ...}, b_dec [T, D], for jumprelu log_threshold
-    [S, F]; `x_norm` [B, S, D], `y_norm` [B, T, D], `silent` [S, F]; `given`: `Given`s or (parameters, wiring, rule).
+    [S, F]; `x_norm` [B, S, D], `y_norm` [B, T, D], `silent` [S, F]; `given`: `Given`s or (parameters, wiring, rule);
+    `penalties`: lambda of each source [S], where it is steered.
     Parts, before any weight: reconstruction [T], penalty, revive, auxk; by token: codes and h [S, B, F], y_hat
     [B, T, D] with the given runs' predictions, and cut [S, B] where k sets the rule.
     A microbatch is B / microbatches neighbouring tokens.
@@ -225,9 +227,10 @@ def loss_and_gradients(
     parameters, x, y = as_float64((parameters, x_norm, y_norm))
     still = np.broadcast_to(given_predictions(given, x, wiring), y.shape)
     is_dead, n, B = dead(silent, config), config.microbatches, len(x)
+    weights = np.broadcast_to(penalty_at(step, config) if penalties is None else penalties, len(silent))
     assert B % n == 0, f"{B} tokens in {n} microbatches"
     results = [
-        _microbatch(parameters, x[piece], y[piece], still[piece], is_dead, step, config, wiring)
+        _microbatch(parameters, x[piece], y[piece], still[piece], is_dead, weights, step, config, wiring)
         for piece in (slice(i * B // n, (i + 1) * B // n) for i in range(n))
     ]
     parts = {name: [result.parts[name] for result in results] for name in results[0].parts}
@@ -257,11 +260,12 @@ def _microbatch(
     y: np.ndarray,
     still: np.ndarray,
     is_dead: np.ndarray,
+    penalties: np.ndarray,
     step: int,
     config: TrainConfig,
     wiring: Wiring,
 ) -> Result:
-    """The result of some tokens; `still` [B, T, D] is what the given runs predict of them."""
+    """The result of some tokens; `still` [B, T, D] is what the given runs predict of them, `penalties` [S] lambda."""
     sparsity, W_dec, (B, T, D) = config.sparsity, parameters["W_dec"], y.shape
     rule, dead_here = rule_at(step, config, len(wiring.sources)), is_dead[:, None]
     codes, h, cut, by_h, by_log_threshold = encode(parameters, x, rule, wiring)
@@ -279,17 +283,17 @@ def _microbatch(
     to_aN = np.zeros_like(codes)
     if rule.activation == "jumprelu":
         squashed = np.tanh(sparsity.scale * codes * N)
-        penalty, to_aN = squashed.sum() / B, sparsity.scale * (1 - squashed**2) / B
+        penalty, to_aN = squashed.sum((1, 2)) / B, sparsity.scale * (1 - squashed**2) / B
         short, short_by_h = N * (np.exp(parameters["log_threshold"])[:, None] - h), -N
     elif rule.activation == "relu":
-        penalty, to_aN = (codes * N).sum() / B, np.full_like(codes, 1 / B)
+        penalty, to_aN = (codes * N).sum((1, 2)) / B, np.full_like(codes, 1 / B)
         short, short_by_h = N * -h, -N
     else:
         assert cut is not None
-        penalty = 0.0
+        penalty = np.zeros(len(codes))
         short_by_h = -np.ones_like(N) if rule.activation == "topk" else -N
         short = cut[..., None] + h * short_by_h
-    to_aN = penalty_at(step, config) * to_aN
+    to_aN = penalties[:, None, None] * to_aN
     to_codes = to_codes + to_aN * N
     to_N = np.sum(to_aN * codes, 1)
     along_W_dec = np.where(N[:, 0] > 0, to_N / np.where(N[:, 0] > 0, N[:, 0], 1), 0)  # N has slope 0 at 0
@@ -325,10 +329,10 @@ def _microbatch(
     if by_log_threshold is not None:
         gradients["log_threshold"] = np.sum(to_codes * by_log_threshold, 1)
 
-    total = np.sum(weight * reconstruction) + penalty_at(step, config) * penalty + sparsity.revive * revive
+    total = np.sum(weight * reconstruction) + penalties @ penalty + sparsity.revive * revive
     if sparsity.auxk:
         total = total + sparsity.auxk * auxk
-    parts = {"reconstruction": reconstruction, "penalty": penalty, "revive": revive, "auxk": auxk}
+    parts = {"reconstruction": reconstruction, "penalty": penalty.sum(), "revive": revive, "auxk": auxk}
     parts |= {"codes": codes, "h": h, "y_hat": y_hat} | ({} if cut is None else {"cut": cut})
     return Result(total, {name: np.asarray(part) for name, part in parts.items()}, gradients)
 

@@ -79,8 +79,16 @@ def test_a_typo_gets_the_nearest_name(capsys):
         ({"sparsity": SparsityConfig(ramp=0.5), "model": ModelConfig(activation="batchtopk")}, "--sparsity.ramp 0.5"),
         ({"sparsity": SparsityConfig(scale=2), "model": ModelConfig(activation="relu")}, "--sparsity.scale 2 does"),
         (
-            {"sparsity": SparsityConfig(k_start=4), "model": ModelConfig(activation="relu")},
-            r"--sparsity.k-start 4 .*at 1$",
+            {"sparsity": SparsityConfig(k_start=4, penalty=1e-3), "model": ModelConfig(activation="relu")},
+            "--sparsity.k-start does nothing beside --sparsity.penalty",
+        ),
+        (
+            {"sparsity": SparsityConfig(ramp=0.5), "model": ModelConfig(activation="jumprelu")},
+            "--sparsity.ramp does nothing without --sparsity.penalty",
+        ),
+        (
+            {"sparsity": SparsityConfig(penalty=-1), "model": ModelConfig(activation="relu")},
+            "--sparsity.penalty -1 must",
         ),
         ({"sparsity": SparsityConfig(dead_after=-1)}, "--sparsity.dead-after -1"),
         ({"steps": 99, "warmup": 100}, "--warmup 100 is longer than the run"),
@@ -112,6 +120,8 @@ def test_what_is_unusual_is_possible():
     replace(
         config, model=jumprelu, sparsity=SparsityConfig(penalty=1, ramp=0, scale=2, bandwidth=2, threshold=1)
     ).check()
+    relu = ModelConfig(activation="relu")
+    replace(config, model=relu, sparsity=SparsityConfig(k_start=4)).check()
     # The slots of a recipe whose rule is overridden.
     replace(config, model=ModelConfig(features=100, k=64, slots=32)).check()
 

@@ -11,7 +11,7 @@ import torch
 from cltjax.circuit_tracer import write_circuit_tracer
 from cltjax.cli import Export, main
 from cltjax.clt_directory import CLTDirectory
-from cltjax.config import EvaluateConfig, LogConfig, ModelConfig, SparsityConfig
+from cltjax.config import EvaluateConfig, LogConfig, ModelConfig
 from cltjax.errors import UserError
 from cltjax.evaluation import evaluate, train_and_measure
 from cltjax.export import export
@@ -42,8 +42,7 @@ def apart(store: ActivationStore, tmp_path_factory) -> list[Path]:
 @pytest.mark.parametrize("rule", ["topk", "batchtopk", "jumprelu"])
 def test_a_run_and_its_export_have_the_same_figures(store: ActivationStore, tmp_path: Path, rule):
     run, out = tmp_path / "run", tmp_path / "clt"
-    penalty = 0.01 if rule in ("jumprelu", "relu") else SparsityConfig.penalty
-    train_and_measure(small(store, run, model=ModelConfig(64, 6, rule), sparsity=SparsityConfig(penalty=penalty)))
+    train_and_measure(small(store, run, model=ModelConfig(64, 6, rule)))
     export([run], out, dtype="float32")
     of_run = json.loads((run / "metrics.json").read_text())
     of_directory = evaluate(EvaluateConfig(out, store.path))

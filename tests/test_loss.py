@@ -40,7 +40,7 @@ def test_k_comes_down_as_in_the_reference(anneal, k_start):
 def test_the_penalty_rises_as_in_the_reference(ramp):
     config = TrainConfig("0", steps=20, sparsity=SparsityConfig(penalty=0.3, ramp=ramp))
     for step in (0, 3, 4, 5, 19):
-        found = penalty_weight(config.sparsity, config.steps, np.int32(step))  # type: ignore[arg-type]
+        found = penalty_weight(0.3, ramp, config.steps, np.int32(step))  # type: ignore[arg-type]
         assert float(found) == pytest.approx(dense.penalty_at(step, config), rel=1e-6)
 
 

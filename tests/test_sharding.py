@@ -44,7 +44,7 @@ def sharded_case(activation: str) -> tuple[Case, tuple[Frozen, ...], tuple]:
         F,
         B,
         model={"slots": None if activation == "topk" else SLOTS},
-        sparsity=BOTH,
+        sparsity=BOTH | ({"penalty": None} if activation == "jumprelu" else {}),
         microbatches=2 if activation in ("topk", "jumprelu") else 1,
     )
     of = case(config, wire("0-1", 2, 0, 16), seed=5, extra=1)
@@ -63,7 +63,8 @@ def on_one_device(activation: str):
 @pytest.mark.parametrize("shape", MESHES)
 @pytest.mark.parametrize("activation", RULES)
 def test_a_step_is_the_same_on_every_mesh(activation: str, shape: tuple[int, int]):
-    """With revive, AuxK and a given run of the same rule; topk and jumprelu over two microbatches."""
+    """With revive, AuxK and a given run of the same rule; topk and jumprelu over two microbatches, jumprelu with a
+    penalty that is steered."""
     of, frozen, held = sharded_case(activation)
     state, figures = after_one_step(of, shape, frozen, held)
     alone, alone_figures = on_one_device(activation)

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import dense
 from cltjax.config import ModelConfig, SparsityConfig, TrainConfig, slots_of
+from cltjax.loss import INTEGRAL, PROPORTIONAL, Steered
 from cltjax.normalisation import Normalisation
 from cltjax.sparsity import RANKED_BY_NORM
 from cltjax.step import (
@@ -108,6 +109,7 @@ def case(config: TrainConfig, wiring: Wiring, seed: int = 0, extra: int = 0) -> 
         parameters["log_threshold"] = np.log(rng.uniform(0.2, 0.9, (S, N))).astype(np.float32)
     shapes = jax.eval_shape(lambda: initial_state(config, wiring, scales))
     silent = np.where(rng.random((S, N)) < 1 / 3, DEAD, ALIVE).astype(np.int32)
+    weights, zeros = 0.05 + 0.1 * np.arange(S, dtype=np.float32), np.zeros(S, np.float32)
     state = TrainState(
         arrays_of(shapes.parameters, parameters),
         arrays_of(shapes.constants, vars(scales) | {"cut": np.zeros(S)}),
@@ -115,6 +117,7 @@ def case(config: TrainConfig, wiring: Wiring, seed: int = 0, extra: int = 0) -> 
         silent,  # type: ignore[arg-type]
         np.zeros((S, N), np.float32),  # type: ignore[arg-type]
         np.array(STEP, np.int32),  # type: ignore[arg-type]
+        Steered(weights, zeros) if config.steered else None,  # type: ignore[arg-type]
     )
     x = normal(config.batch_size, S + extra, D)
     x[:, :S] = x[:, :S] * scales.in_std[:, None] + scales.in_mean
@@ -166,8 +169,9 @@ def close(found: Any, expected: Any, bound: float = 1e-5) -> None:
 def equals_dense(of: Case, found: tuple, given: tuple = ()) -> None:
     gradients, figures, fired = found
     x, y = of.normal()
+    penalties = None if of.state.penalty is None else of.state.penalty.weight
     expected = dense.loss_and_gradients(
-        of.parameters, x, y, of.state.silent, int(of.state.step), of.config, of.wiring, given
+        of.parameters, x, y, of.state.silent, int(of.state.step), of.config, of.wiring, given, penalties
     )
     assert min(np.abs(leaf).max() for leaf in jax.tree.leaves(expected.gradients)) > 1e-4
     assert float(figures["loss"]) == pytest.approx(expected.loss, rel=1e-5)
@@ -198,6 +202,29 @@ def test_gradients_equal_the_dense_reference(activation: str, name: str):
     )
     of = case(config, wiring)
     equals_dense(of, gradients_of(of))
+
+
+@pytest.mark.parametrize("activation", ["jumprelu", "relu"])
+def test_each_source_has_its_own_penalty_where_it_is_steered(activation: str):
+    of = case(settings(activation, sparsity={"penalty": None}, microbatches=3), wire("all", 3, 0, 16))
+    equals_dense(of, gradients_of(of))
+
+
+def test_the_penalty_follows_k():
+    """By each source's own count: it rises where more than k are active, which comes down from k_start times k."""
+    sparsity = {"penalty": None, "k_start": 3.0, "anneal": 0.5}
+    config = settings("relu", model={"k": (2, 4), "slots": F}, sparsity=sparsity)
+    of = case(config, wire("0-1", 2, 0, 16))
+    inputs = arguments(of, mesh_of(1, 1))
+    after, figures = make_step(config, of.graph, mesh_of(1, 1))(*inputs)
+    wanted = dense.k_at(STEP, config, 2)
+    assert after.penalty is not None and of.state.penalty is not None and wanted == (5, 10)
+    excess = np.log(np.asarray(figures["l0"]) / wanted)
+    assert (figures["penalty"] == of.state.penalty.weight).all()
+    np.testing.assert_allclose(after.penalty.excess, excess, rtol=1e-6)
+    change = (INTEGRAL + PROPORTIONAL) * excess
+    np.testing.assert_allclose(after.penalty.weight, of.state.penalty.weight * np.exp(change), rtol=1e-6)
+    assert excess[0] > 0.5 > abs(excess[1])
 
 
 @pytest.mark.parametrize("activation", ["topk_joint", "jumprelu", "relu"])
@@ -343,10 +370,10 @@ def products(jaxpr: Any) -> list[tuple[int, ...]]:
 def test_the_encoder_has_no_dense_backward_pass(activation: str, revive: float):
     """But in a branch that is taken when many features are dead."""
     wiring = wire("0-1", 3, 0, 16)
-    of = case(settings(activation, sparsity={"revive": revive, "auxk": 0.1}), wiring)
+    of = case(settings(activation, sparsity={"revive": revive, "auxk": 0.1, "auxk_features": 4}), wiring)
     inputs = arguments(of, mesh_of(1, 1))
     program = jax.make_jaxpr(make_gradients(of.config, of.graph, mesh_of(1, 1)))(*inputs)
-    large = [tuple(sorted(shape)) for shape in products(program.jaxpr) if np.prod(shape) > max(B, F)]
+    large = [tuple(sorted(shape)) for shape in products(program.jaxpr) if np.prod(shape) >= F * D]
     assert large == [tuple(sorted((2, B, F)))]  # forward
     assert str(program).count("cond[") == 2 * (revive > 0)  # forward and backward
 
