@@ -59,18 +59,30 @@ def parsed(args: list[str]) -> TrainConfig:
     return found[0]
 
 
+def srun(port: int, count: int, number: int) -> dict[str, str]:
+    """What `JAX_COORDINATOR_PORT=PORT srun --ntasks COUNT` has in the environment of one task, as far as jax asks."""
+    task = {"JOB_ID": 1, "STEP_NODELIST": "localhost", "STEP_NUM_NODES": 1, "NTASKS": count}
+    task |= {"PROCID": number, "LOCALID": number}
+    return {"JAX_COORDINATOR_PORT": str(port)} | {f"SLURM_{name}": str(value) for name, value in task.items()}
+
+
 @contextmanager
-def started(commands: Sequence[list[str]]) -> Iterator[list[subprocess.Popen[str]]]:
+def started(commands: Sequence[list[str]], slurm: bool = False) -> Iterator[list[subprocess.Popen[str]]]:
     """train.py with each of these options, as processes that find each other; none is left when this ends."""
     with socket.socket() as free:
         free.bind(("", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    env = os.environ | {"JAX_NUM_CPU_DEVICES": "2", "XLA_FLAGS": FAST}
+        port = free.getsockname()[1]
     processes: list[subprocess.Popen[str]] = []
     try:
         for number, args in enumerate(commands):
-            whole = [sys.executable, "train.py", *args, "--processes.coordinator", address]
-            whole += ["--processes.count", str(len(commands)), "--processes.id", str(number)]
+            env = os.environ | {"JAX_NUM_CPU_DEVICES": "2", "XLA_FLAGS": FAST}
+            whole = [sys.executable, "train.py", *args]
+            if slurm:
+                env |= srun(port, len(commands), number)
+                whole += ["--processes.auto"]
+            else:
+                whole += ["--processes.coordinator", f"localhost:{port}"]
+                whole += ["--processes.count", str(len(commands)), "--processes.id", str(number)]
             processes.append(
                 subprocess.Popen(whole, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             )
@@ -81,10 +93,10 @@ def started(commands: Sequence[list[str]]) -> Iterator[list[subprocess.Popen[str
             process.communicate()
 
 
-def finished(commands: Sequence[list[str]]) -> list[tuple[int, str, str]]:
+def finished(commands: Sequence[list[str]], slurm: bool = False) -> list[tuple[int, str, str]]:
     """Exit status, output and errors of each process; what gloo says of its connections is left out."""
     found = []
-    with started(commands) as processes:
+    with started(commands, slurm) as processes:
         for process in processes:
             said = process.communicate(timeout=PATIENCE)
             out, err = ("\n".join(line for line in text.splitlines() if not GLOO.search(line)) for text in said)
@@ -137,6 +149,19 @@ def test_two_processes_equal_one(store: ActivationStore, tmp_path: Path):
     assert sorted(path.name for path in (shared / "plots").iterdir()) == sorted(
         path.name for path in (alone / "plots").iterdir()
     )
+
+
+def test_under_slurm_two_processes_equal_one(store: ActivationStore, tmp_path: Path):
+    """Two steps; who the others are is taken from what srun puts into the environment."""
+    more = "--steps 2 --log.val-rows 0"
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    (status, said, _), other = finished([options(store, shared, more + " --mesh 2x2")] * 2, slurm=True)
+    assert status == 0 and "FVU on" in said
+    assert other == (0, "", "")
+
+    train(parsed(options(store, alone, more)))
+    assert len(read_lines(alone / "metrics.jsonl")) == 2
+    close(read_lines(shared / "metrics.jsonl"), read_lines(alone / "metrics.jsonl"))
 
 
 def test_one_is_killed_and_all_go_on(store: ActivationStore, tmp_path: Path):

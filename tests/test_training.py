@@ -81,17 +81,21 @@ def checkpoint(run: Path, step: int) -> list[bytes]:
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
 
 
-def test_resumed_equals_uninterrupted_bit_for_bit(store: ActivationStore, tmp_path: Path):
-    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    train(small(store, straight))
+@pytest.mark.parametrize("rule", ["topk", "jumprelu"])
+def test_resumed_equals_uninterrupted_bit_for_bit(store: ActivationStore, tmp_path: Path, rule: Activation):
+    """Under jumprelu also the penalty's weights, which follow k."""
+    straight, resumed, model = tmp_path / "straight", tmp_path / "resumed", ModelConfig(29, 3, rule)
+    train(small(store, straight, model=model))
     for stop in (1, 4, 5):  # leaves before, with and after the first checkpoint, with records beyond it
-        train(small(store, resumed), stop_after=stop)
+        train(small(store, resumed, model=model), stop_after=stop)
         with (resumed / "metrics.jsonl").open("ab") as file:
             file.write(b'{"step": 99, "half a li')
-    train(small(store, resumed, log=LogConfig(every=2, checkpoint_every=6)))
+    train(small(store, resumed, model=model, log=LogConfig(every=2, checkpoint_every=6)))
     assert (resumed / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
     records = read_lines(straight / "metrics.jsonl")
     assert [record["step"] for record in records if "loss" in record] == [2, 4, 6]
+    weights = [record.get("penalty_by_source") for record in records if "loss" in record]
+    assert weights[0] != weights[1] if rule == "jumprelu" else weights == [None] * 3
     assert [record["step"] for record in records if "val_fvu" in record] == [3, 6]
     assert checkpoint(resumed, 6) == checkpoint(straight, 6)
     (file,) = (straight / "checkpoints").glob("6/metrics/metrics")
