@@ -42,10 +42,12 @@ import matplotlib.pyplot as plt
 from rich.table import Table
 
 from benchmarks.report import machine, publish
-from cltjax.checkpoint import METRICS, SUMMARY, TIMING, read_config, read_lines
+from cltjax.checkpoint import CONFIG, METRICS, SUMMARY, TIMING, identity, read_config, read_lines
 from cltjax.command import run as parse
 from cltjax.config import NOT_THE_RUN, TrainConfig, as_json, differing, read_config_file
 from cltjax.files import write_json
+from cltjax.store import ActivationStore
+from cltjax.store_format import differences
 from cltjax.wiring import spell_layers, wire
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -162,7 +164,8 @@ def main() -> None:
     parser.add_argument("--store", type=Path, help="needed but for --report")
     parser.add_argument("--out", type=Path, default=Path("runs/quality"))
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
-    parser.add_argument("--only", nargs="*", metavar="CLT", help="only these kinds of CLT, as the table names them")
+    kinds = ["alone", *(kind.name for kind in SWEPT)]
+    parser.add_argument("--only", nargs="*", choices=kinds, default=kinds, help="only these kinds of CLT")
     parser.add_argument("--jobs", type=int, default=1, help="trials at the same time")
     parser.add_argument("--report", action="store_true", help="only the table of what is there")
     options = parser.parse_args()
@@ -170,12 +173,11 @@ def main() -> None:
         if options.store is None:
             parser.error("--store is needed to run trials")
         bench = Bench(options.store, options.out, options.jobs)
-        chosen = options.only or ["alone", *(kind.name for kind in SWEPT)]
         if "sweeps" in options.parts:
-            bench.run(trial for kind in SWEPT if kind.name in chosen for trial in kind.sweep().values())
+            bench.run(trial for kind in SWEPT if kind.name in options.only for trial in kind.sweep().values())
         rows = table_rows()
         for part in options.parts:
-            wanted = [row.runs for row in rows if row.part == part and row.name.split(",")[0] in chosen]
+            wanted = [row.runs for row in rows if row.part == part and row.name.split(",")[0] in options.only]
             by_seed = zip_longest(*wanted)  # all rows have one first
             bench.run(run for runs in by_seed for run in runs if run is not None)
     report(table_rows())
@@ -203,7 +205,9 @@ def table_rows() -> list[Row]:
     def sums(offset: int) -> Row:
         lr = rates[BEST if offset == 0 else "offset_1"]
         parts = tuple(alone(offset, source, lr, seed=0) for source in range(LAYERS - offset))
-        return Row("baselines", f"alone, offset {offset}: naive sum", 16, lr, (Sum(f"alone_{offset}-sum", parts),))
+        return Row(
+            "baselines", f"alone, offset {offset}: naive sum", 16, lr, (Sum(f"alone_{offset}-lr{lr:g}-sum", parts),)
+        )
 
     rows = [row("rules", kind, 16) for kind in JOINT.values()]
     rows += [row("baselines", PER_LAYER, 16), row("baselines", OFFSET_1, 16), sums(0), sums(1)]
@@ -212,13 +216,15 @@ def table_rows() -> list[Row]:
 
 
 def result(run: Trial | Sum) -> dict[str, Any] | None:
-    """What was measured of a run; None if it was not yet. One of other options or of another recipe is in the way."""
+    """What was measured of a run; None if it was not yet. One of another recipe is in the way."""
     path = TRIALS / f"{run.name}.json"
-    if not path.exists() or (isinstance(run, Sum) and None in map(result, run.trials)):
+    if not path.exists():
         return None
     found = json.loads(path.read_text())
-    if isinstance(run, Trial) and (change := differing(found["config"], configuration(run))):
-        sys.exit(f"{path} was made with another recipe ({change}): delete it")
+    configs = [found["config"]] if isinstance(run, Trial) else found["configs"]
+    for config, trial in zip(configs, run.trials, strict=True):
+        if change := differing(config, configuration(trial)):
+            sys.exit(f"{path} was made with another recipe ({change}): delete it")
     return found
 
 
@@ -242,73 +248,87 @@ class Bench:
 
     def __init__(self, store: Path, out: Path, jobs: int) -> None:
         self.store, self.out, self.jobs = store, out, jobs
-        cores = sorted(os.sched_getaffinity(0))
-        self.shares: Queue[list[int]] = Queue()
-        for job in range(jobs):
-            self.shares.put(cores[job::jobs] or cores)
+        spec = identity(ActivationStore.open(store))
+        self.data = {name: spec[name] for name in ("model", "dataset", "rows")}
 
     def run(self, runs: Iterable[Trial | Sum]) -> None:
         """Do what is not done yet."""
-        left = [run for run in dict.fromkeys(runs) if result(run) is None]
+        left = [run for run in dict.fromkeys(runs) if not self.done(run)]
         trials = dict.fromkeys(trial for run in left for trial in run.trials if not self.trained(trial))
-        with ThreadPoolExecutor(self.jobs, initializer=self.take_cores) as pool:
+        cores, shares = sorted(os.sched_getaffinity(0)), Queue()
+        for job in range(self.jobs):
+            shares.put(cores[job :: self.jobs] or cores)
+        # Each thread, and what it starts, is bound to its share.
+        with ThreadPoolExecutor(self.jobs, initializer=lambda: os.sched_setaffinity(0, shares.get())) as pool:
             list(pool.map(self.train, trials))
         for run in left:
             if isinstance(run, Sum):
-                self.keep(run.name, naive_sum([self.out / trial.name for trial in run.trials], self.store))
+                found = naive_sum([self.out / trial.name for trial in run.trials], self.store)
+                found["configs"] = [configuration(trial) for trial in run.trials]
+                self.keep(run.name, made(), found)
 
-    def take_cores(self) -> None:
-        """Bind this thread, and what it starts, to its share."""
-        os.sched_setaffinity(0, self.shares.get())
+    def done(self, run: Trial | Sum) -> bool:
+        """Whether there is a result, which has to be of this store."""
+        found = result(run)
+        for name, was, now in differences({} if found is None else found["data"], {} if found is None else self.data):
+            sys.exit(f"{TRIALS / run.name}.json was made on another store ({name}: {was} -> {now}): delete it")
+        return found is not None
 
     def trained(self, trial: Trial) -> bool:
-        """Whether its run is whole; if so, what it measured is kept."""
+        """Whether its run is whole; if so, what it measured is kept. One of another recipe is in the way."""
         run = self.out / trial.name
-        if not (run / SUMMARY).exists() or differing(read_config(run)["config"], configuration(trial)):
+        if not (run / CONFIG).exists():
             return False
-        if result(trial) is None:
+        if change := differing(read_config(run)["config"], configuration(trial)):
+            sys.exit(f"{run} was made with another recipe ({change}): delete it")
+        if whole := (run / SUMMARY).exists():
             self.collect(trial)
-        return True
+        return whole
 
     def train(self, trial: Trial) -> None:
-        command = trial.command(self.store, self.out)
+        command, said = trial.command(self.store, self.out), self.said(trial)
         print(shlex.join(command[1:]), flush=True)
         self.out.mkdir(parents=True, exist_ok=True)
-        with (self.out / f"{trial.name}.txt").open("w") as said:
-            done = subprocess.run(command, cwd=REPOSITORY, stdout=said, stderr=subprocess.STDOUT)
-        last = (self.out / f"{trial.name}.txt").read_text().splitlines()[-1]
+        with said.open("w") as file:
+            print(made(), file=file, flush=True)
+            done = subprocess.run(command, cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT)
+        first, *_, last = said.read_text().splitlines()
         if done.returncode == 2 and GAVE_UP in last:
-            self.keep(trial.name, {"config": configuration(trial), "stopped": last})
+            self.keep(trial.name, first, {"config": configuration(trial), "stopped": last})
+        elif done.returncode:
+            sys.exit(f"{trial.name} failed, see {said}: {last}")
         else:
-            done.check_returncode()
             self.collect(trial)
+
+    def said(self, trial: Trial) -> Path:
+        """What a trial printed, after a line of what it was made with."""
+        return self.out / f"{trial.name}.txt"
 
     def collect(self, trial: Trial) -> None:
         """Keep what a finished run measured: on test rows, and of its last training batches and val rows."""
-        run = self.out / trial.name
+        run, first = self.out / trial.name, self.said(trial).read_text().splitlines()[0]
         summary = json.loads((run / SUMMARY).read_text())
         records, timing = read_lines(run / METRICS), read_lines(run / TIMING)
         last = next(one for one in reversed(records) if "loss" in one)
         last |= next(one for one in reversed(records) if "val_fvu" in one)
-        self.keep(
-            trial.name,
-            {
-                "config": configuration(trial),
-                "seconds": sum(line["seconds"] for line in timing),
-                "last": {name: last[name] for name in ("val_fvu", "fvu", "l0", "dead", "full")},
-                **{name: summary[name] for name in MEASURED},
-            },
-        )
+        found = {
+            "config": configuration(trial),
+            "seconds": sum(line["seconds"] for line in timing),
+            "last": {name: last[name] for name in ("val_fvu", "fvu", "l0", "dead", "full")},
+            **{name: summary[name] for name in MEASURED},
+        }
+        self.keep(trial.name, first, found)
 
-    def keep(self, name: str, found: dict[str, Any]) -> None:
+    def keep(self, name: str, first: str, found: dict[str, Any]) -> None:
         TRIALS.mkdir(parents=True, exist_ok=True)
-        write_json(TRIALS / f"{name}.json", {"made": f"{machine('jax', 'flax', 'optax')}; {commit()}"} | found)
+        write_json(TRIALS / f"{name}.json", {"made": first, "data": self.data} | found)
 
 
-def commit() -> str:
-    """What the working tree is at."""
+def made() -> str:
+    """What a run is made with."""
     command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, check=True, cwd=REPOSITORY, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(command, check=True, cwd=REPOSITORY, capture_output=True, text=True).stdout.strip()
+    return f"{machine('jax', 'flax', 'optax')}; {commit}"
 
 
 def report(rows: Sequence[Row]) -> None:
@@ -326,7 +346,6 @@ def naive_sum(runs: Sequence[Path], store_path: Path) -> dict[str, Any]:
     from cltjax.batches import split_batches
     from cltjax.metrics import measure, summary
     from cltjax.runs import freeze, input_layers, load
-    from cltjax.store import ActivationStore
     from cltjax.tokens import token_rules
 
     first, *others = [load(run) for run in runs]

@@ -180,7 +180,7 @@ class Batches:
         # int8 counts as if it were float32, as it once was in memory: an old run goes on in the order it began with.
         item = 4 if store.dtype == "int8" else DTYPES[store.dtype].itemsize
         row_bytes = (len(sources) + len(targets)) * store.d_model * item
-        self.batch_bytes = batch_size * row_bytes
+        self.row_bytes, self.batch_size, self.chosen_pages = row_bytes, batch_size, data.page_rows is None
         # One buffer in use and one that is read; the streams share in them as they share in a batch.
         most_rows = (data.buffer_mib << 20) // 2 // row_bytes
         everywhere = np.arange(batch_size)
@@ -211,14 +211,16 @@ class Batches:
         return Batch(x, y) if self.in_order else Batch(x[self.gather], y[self.gather])
 
     def advice(self) -> str | None:
-        """One line where pages are smaller than the blocks that are read for them, and what to do; else None."""
+        """One line where pages are smaller than the blocks that are read for them, as the buffer is small, and what to
+        do; else None."""
         small = [one for one in self.streams if one.order.per_epoch > 1 and one.order.page_rows < one.store.block_rows]
-        if not small:
+        if not small or not self.chosen_pages:
             return None
         worst = min(small, key=lambda one: len(one.needed))  # the smallest buffer
         page, block = worst.order.page_rows, worst.store.block_rows
-        share = self.batch_bytes / len(worst.needed)  # of a row of this stream, the other's beside it included
-        mib = math.ceil(2 * ENOUGH_PAGES * MOST_PAGE_ROWS * share / 2**20)
+        # Of both streams together, of which this one has its share.
+        rows = math.ceil(ENOUGH_PAGES * MOST_PAGE_ROWS * self.batch_size / len(worst.needed))
+        mib = math.ceil(2 * rows * self.row_bytes / 2**20)
         return (
             f"rows of this size are many bytes: pages of {page} out of blocks of {block} rows read about "
             f"{(page - 1 + block) / page:.1f} times what is used, and with --data.buffer-mib {mib} "

@@ -56,7 +56,8 @@ class Checkpoints:
             ) from error
 
     def save(self, step: int, state: Any, meta: dict[str, Any], val_fvu: float | None) -> None:
-        """Begin to save `state` (a pytree of 32-bit arrays) and `meta` (JSON) as they are after `step` steps.
+        """Begin to save `state` (a named tuple of pytrees of 32-bit arrays) and `meta` (JSON) as they are after `step`
+        steps.
 
         UserError where this, or what was begun before, cannot be saved.
         """
@@ -64,7 +65,7 @@ class Checkpoints:
         with together():
             self.check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
         whole = meta | {CHECKSUM: checksum(state, meta)}
-        composite = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(whole))
+        composite = ocp.args.Composite(state=ocp.args.PyTreeSave(present(state)), meta=ocp.args.JsonSave(whole))
         try:
             self.manager.save(step, args=composite, metrics=None if val_fvu is None else {"val_fvu": val_fvu})
         except Exception as error:
@@ -107,12 +108,12 @@ class Checkpoints:
 
         UserError where they cannot be read, or are not what was saved.
         """
-        how = ocp.checkpoint_utils.construct_restore_args(like)
-        state = ocp.args.PyTreeRestore(like, restore_args=how)  # StandardRestore takes no LEFT_OUT
+        how = ocp.checkpoint_utils.construct_restore_args(present(like))
+        state = ocp.args.PyTreeRestore(present(like), restore_args=how)  # StandardRestore takes no LEFT_OUT
         composite = ocp.args.Composite(state=state, meta=ocp.args.JsonRestore())
         try:
             found = self.manager.restore(step, args=composite)
-            state, meta = found["state"], dict(found["meta"])
+            state, meta = like._replace(**found["state"]), dict(found["meta"])
         except Exception as error:
             raise UserError(
                 f"{self.folder / str(step)} cannot be read ({reason(error)}): restore it from a copy, or delete it and "
@@ -130,6 +131,12 @@ class Checkpoints:
         """Wait for what is being saved."""
         self.wait()
         self.manager.close()
+
+
+def present(state: Any) -> dict[str, Any]:
+    """The fields that a state has. Orbax would save None as a leaf: it could not be read where there is one field more,
+    or fewer, than when it was saved."""
+    return {name: value for name, value in state._asdict().items() if value is not None}
 
 
 def reason(error: Exception) -> str:

@@ -374,7 +374,12 @@ def differing(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     """The first field (`model.k: 8 -> 16`) that makes two JSON configurations different runs, or None."""
 
     def kept(values: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in values.items() if name not in NOT_THE_RUN}
+        found = {name: value for name, value in values.items() if name not in NOT_THE_RUN}
+        if "model" in found and "sparsity" in found:  # of these, what does nothing under the rule may be anything
+            rule = found["model"]["activation"]
+            idle = {name for name, rules in ONLY_UNDER.items() if rule not in rules}
+            found["sparsity"] = {name: value for name, value in found["sparsity"].items() if name not in idle}
+        return found
 
     for name, before, after in differences(kept(old), kept(new)):
         return f"{name}: {brief(before)} -> {brief(after)}"

@@ -53,8 +53,8 @@ def start(processes: ProcessesConfig) -> None:
         )
     except ValueError as error:  # what jax says where it finds no cluster
         raise UserError(
-            f"--processes.auto finds no SLURM, Open MPI, Kubernetes or TPU pod here ({error}): name "
-            "--processes.coordinator, --processes.count and --processes.id"
+            f"--processes.auto finds no SLURM step (srun starts one), Open MPI, Kubernetes or TPU pod here ({error}): "
+            "name --processes.coordinator, --processes.count and --processes.id"
         ) from error
 
 

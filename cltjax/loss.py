@@ -21,12 +21,14 @@ from cltjax.config import FEW_DEAD, SparsityConfig
 from cltjax.encode import pre_activations
 from cltjax.sparsity import RANKED_BY_NORM, candidates, jumprelu, training_cut
 
-# Where the penalty is steered: its first weight, and what a source with e times too many active features makes of it
-# (by INTEGRAL in every step, by PROPORTIONAL once). On the demo VLM, jumprelu, 900 steps: with an integral of 0.01
-# alone L0 goes from 64 to 16 in 350 steps and on to 5, with half of the features dead; with these it ends at 14.
+# Where the penalty is steered: its first weight. A source with r times as many active features as it is to have gets
+# r ** PROPORTIONAL times a weight that grows by INTEGRAL x lr x log r in every step: lr is how fast Adam's weights, and
+# so L0, follow. What is needed falls tenfold in the course of a run; an integral alone follows so late that half of
+# jumprelu's features are dead by then, and L0, which does not come up again by a lower weight, is a third of k.
 FIRST_PENALTY = {"jumprelu": 1e-5, "relu": 1e-4}
-INTEGRAL, PROPORTIONAL = 0.01, 3.0
-FEWEST_ACTIVE = 0.1  # a source with fewer is taken for one with so many
+INTEGRAL, PROPORTIONAL = 2.5, 6.0
+MOST_EXCESS = 0.7  # log r is taken for this at most, in size
+LEAST_PENALTY, MOST_PENALTY = 1e-8, 1e2
 
 
 class Active(NamedTuple):
@@ -138,27 +140,24 @@ def penalty_weight(penalty: float, ramp: float, steps: int, step: jax.Array) -> 
     return penalty * (jnp.minimum(1.0, (step + 1) / rise) if rise > 0 else jnp.ones(()))
 
 
-class Steered(NamedTuple):
-    """The penalty's weight of each source [S], and the logarithm of how many times k features were active [S]."""
+class SteeredPenalty(NamedTuple):
+    """The penalty's weight of each source [S], and log r of the step before [S] (see INTEGRAL)."""
 
     weight: jax.Array
     excess: jax.Array
 
 
-def unsteered(activation: str, sources: int) -> Steered:
+def first_penalty(activation: str, sources: int) -> SteeredPenalty:
     """Before the first step."""
-    return Steered(jnp.full(sources, FIRST_PENALTY[activation]), jnp.zeros(sources))
+    return SteeredPenalty(jnp.full(sources, FIRST_PENALTY[activation]), jnp.zeros(sources))
 
 
-def steer(before: Steered, l0: jax.Array, k: jax.Array) -> Steered:
-    """Weights for the next step, from active features a token in this one, `l0` [S], and those wanted, `k` [S].
-
-    A controller with an integral and a proportional part, on logarithms. The integral alone goes far beyond k before
-    it turns: features go on dying for as long as the weight that was raised too far takes to fall.
-    """
-    excess = jnp.log(jnp.maximum(l0, FEWEST_ACTIVE)) - jnp.log(k)
-    change = INTEGRAL * excess + PROPORTIONAL * (excess - before.excess)
-    return Steered(before.weight * jnp.exp(change), excess)
+def steer(before: SteeredPenalty, l0: jax.Array, k: jax.Array, lr: jax.Array) -> SteeredPenalty:
+    """Weights for the next step, from active features a token in this one, `l0` [S], and those wanted, `k` [S]."""
+    excess = jnp.log(jnp.maximum(l0, jnp.finfo(jnp.float32).tiny)) - jnp.log(k)
+    excess = jnp.clip(excess, -MOST_EXCESS, MOST_EXCESS)
+    change = INTEGRAL * lr * excess + PROPORTIONAL * (excess - before.excess)
+    return SteeredPenalty(jnp.clip(before.weight * jnp.exp(change), LEAST_PENALTY, MOST_PENALTY), excess)
 
 
 def k_at(ks: tuple[int, ...], features: int, sparsity: SparsityConfig, steps: int, step: jax.Array) -> jax.Array:

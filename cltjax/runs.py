@@ -16,6 +16,7 @@ from cltjax.clt import CLT
 from cltjax.config import TrainConfig, from_json
 from cltjax.distributed import agree, check_features, make_mesh, together
 from cltjax.errors import UserError
+from cltjax.loss import SteeredPenalty
 from cltjax.normalisation import Normalisation, blank
 from cltjax.step import Frozen, TrainState, abstract_state, graph_of, shardings
 from cltjax.store_format import differences
@@ -24,11 +25,13 @@ from cltjax.wiring import Wiring, wire
 
 @dataclass(frozen=True)
 class Trained:
-    """A run: its own model (arrays on a mesh), its configuration and data, and what identifies these weights."""
+    """A run: its own model (arrays on a mesh), the penalty that it was steered by, if it was, its configuration and
+    data, and what identifies these weights."""
 
     run: Path
     step: int
     clt: CLT
+    penalty: SteeredPenalty | None
     config: TrainConfig
     data: dict[str, Any]
     digest: str
@@ -60,7 +63,7 @@ def load(run: Path, mesh: Mesh | None = None, best: bool = False) -> Trained:
     finally:
         checkpoints.close()
     clt = nnx.merge(graph_of(config, wiring, scales), state.parameters, state.constants)
-    return Trained(run, step, clt, config, data, digest_of(found, step))
+    return Trained(run, step, clt, state.penalty, config, data, digest_of(found, step))
 
 
 def unfinished(run: Path) -> UserError:
@@ -68,8 +71,8 @@ def unfinished(run: Path) -> UserError:
 
 
 def weights_alone(like: TrainState) -> TrainState:
-    """A state to be restored without what only training needs, which is twice as large as the weights."""
-    rest = {name: getattr(like, name) for name in like._fields if name not in ("parameters", "constants")}
+    """A state to be restored without what only training needs and is large: twice as large as the weights."""
+    rest = {name: getattr(like, name) for name in like._fields if name not in ("parameters", "constants", "penalty")}
     return like._replace(**jax.tree.map(lambda _: LEFT_OUT, rest))
 
 
@@ -178,8 +181,9 @@ def pin_of_start(run: Path, config: TrainConfig, wiring: Wiring, data: dict[str,
     return pin_of(start, step, digest_of(found, step))
 
 
-def weights_to_start_from(pin: dict[str, Any], scales: Normalisation, mesh: Mesh) -> nnx.State:
-    """The weights that make a run whose normalisation is `scales` begin as the function that an earlier one is.
+def start_of(pin: dict[str, Any], scales: Normalisation, mesh: Mesh) -> tuple[nnx.State, SteeredPenalty | None]:
+    """The weights that make a run whose normalisation is `scales` begin as the function that an earlier one is, and the
+    penalty that keeps that one as sparse as it is.
 
     UserError where that is not what was pinned. Not to be called inside of `together`.
     """
@@ -189,7 +193,8 @@ def weights_to_start_from(pin: dict[str, Any], scales: Normalisation, mesh: Mesh
             raise UserError(f"--start-from {earlier.run} is being trained: wait until it is finished, or stop it")
     graph, parameters, constants = nnx.split(earlier.clt, nnx.Param, ...)
     move = jax.jit(partial(refold, graph), out_shardings=shardings(parameters, mesh))
-    return move(parameters, constants, scales.in_mean, scales.in_std, scales.out_mean, scales.out_std)
+    moved = move(parameters, constants, scales.in_mean, scales.in_std, scales.out_mean, scales.out_std)
+    return moved, earlier.penalty
 
 
 def check_alike(run: Path, earlier: TrainConfig, config: TrainConfig, wiring: Wiring, n_layers: int) -> None:

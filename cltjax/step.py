@@ -22,16 +22,16 @@ from cltjax.axes import MESH, Axes, total, varying_like
 from cltjax.clt import CLT
 from cltjax.config import TrainConfig, k_values, slots_of
 from cltjax.loss import (
-    Steered,
+    SteeredPenalty,
     activate,
     auxiliary,
+    first_penalty,
     k_at,
     penalty,
     penalty_weight,
     revival,
     squared_errors,
     steer,
-    unsteered,
 )
 from cltjax.normalisation import Normalisation
 from cltjax.store_format import SCALE_BYTES
@@ -59,7 +59,7 @@ class TrainState(NamedTuple):
     silent: jax.Array  # [S, F] int32: tokens since a feature was last active
     density: jax.Array  # [S, F] float32: firing rate, averaged over the last DENSITY_TOKENS or so
     step: jax.Array  # [] int32: steps done
-    penalty: Steered | None = None  # where it is steered
+    penalty: SteeredPenalty | None = None  # where it is steered
 
 
 def names_in(path: tuple) -> list[str]:
@@ -134,8 +134,8 @@ def initial_state(config: TrainConfig, wiring: Wiring, scales: Normalisation) ->
     shape = len(wiring.sources), config.model.features
     optimiser = make_optimiser(config).init(parameters)
     silent, density, step = jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros((), jnp.int32)
-    penalty = unsteered(config.model.activation, len(wiring.sources)) if config.steered else None
-    return TrainState(parameters, constants, optimiser, silent, density, step, penalty)
+    steered = first_penalty(config.model.activation, len(wiring.sources)) if config.steered else None
+    return TrainState(parameters, constants, optimiser, silent, density, step, steered)
 
 
 def abstract_state(config: TrainConfig, wiring: Wiring, scales: Normalisation, mesh: Mesh) -> TrainState:
@@ -291,6 +291,8 @@ def make_gradients(
             "l0": total(fires.sum((1, 2)), model) / tokens,
             "full": total(active.full.sum(1), model) / mesh.shape[model] / tokens,
         }
+        if config.steered:  # by all that would be active, were there slots for them: as they will be measured
+            figures["above"] = total((active.rank > 0).sum((1, 2)), model) / tokens
         return loss, (figures, fired)
 
     def local(state: TrainState, x: jax.Array, y: jax.Array, arrays: Sequence[nnx.State]):
@@ -353,7 +355,7 @@ def make_step(
         steered = state.penalty
         if steered is not None:
             figures["penalty"] = steered.weight
-            steered = steer(steered, figures["l0"], wanted(state.step))
+            steered = steer(steered, figures.pop("above"), wanted(state.step), rate(state.step))
         advanced = TrainState(parameters, state.constants, moments, silent, density, state.step + 1, steered)  # type: ignore[arg-type]
         keep = jax.tree.map(jax.lax.with_sharding_constraint, advanced, shardings(advanced, mesh))
         return keep, figures

@@ -51,7 +51,7 @@ from cltjax.errors import UserError
 from cltjax.files import Lock
 from cltjax.metrics import EVERY, calibrate, mean_fvu, measure, room
 from cltjax.normalisation import Normalisation, normalisation_of
-from cltjax.runs import check_given, freeze, input_layers, load_given, pin_of_start, pins, weights_to_start_from
+from cltjax.runs import check_given, freeze, input_layers, load_given, pin_of_start, pins, start_of
 from cltjax.sparsity import RANKED_BY_NORM
 from cltjax.step import (
     Frozen,
@@ -121,7 +121,7 @@ class Trend:
         if self.fvu > (WORTHLESS if settled else DIVERGED) * self.start:
             than = f"{self.first:.3g} at first; the mean alone has 1"
             return f"training has diverged (train FVU {self.fvu:.3g} on average, {than})"
-        if settled and config.model.activation in K_RULES:
+        if settled and (config.model.activation in K_RULES or config.steered):
             ks = k_values(config.model.k, config.model.features)
             k = sum(ks) / len(ks)
             if self.l0 < COLLAPSED * k and self.fvu > LITTLE * self.start:
@@ -245,7 +245,7 @@ def train(config: TrainConfig, stop_after: int | None = None) -> Path:
             state, meta = checkpoints.restore(last, abstract_state(config, wiring, scales, mesh))
             say(f"resuming {run} at step {last}")
         say_plan(config, store, rules, wiring, run)
-        if advice := batches.advice():
+        if last is None and (advice := batches.advice()):  # a run that goes on has to stay as it began
             say(advice)
         frozen = with_room(store, inputs, wiring.targets, rules, frozen, arrays, mesh)
         records = opened.enter_context(closing(Lines(run / METRICS, meta.get("metrics_bytes", 0))))
@@ -272,7 +272,10 @@ def first_state(
     make = partial(initial_state, config, wiring, scales)
     state = jax.jit(make, out_shardings=shardings(jax.eval_shape(make), mesh))()
     if pin is not None:
-        state = state._replace(parameters=weights_to_start_from(pin, scales, mesh))
+        parameters, steered = start_of(pin, scales, mesh)
+        if steered is None or state.penalty is None:  # one of the two is not steered
+            steered = state.penalty
+        state = state._replace(parameters=parameters, penalty=steered)
     return state
 
 

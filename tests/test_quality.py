@@ -1,12 +1,15 @@
 """benchmarks/quality.py: which trials count as done, and which learning rate is chosen."""
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from benchmarks import quality
 from benchmarks.quality import JOINT, RULES, Bench, Sum, Trial, best_rate, configuration, resolved, result
+from stores import synthetic_store
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +28,12 @@ def keep(trial: Trial, **found) -> None:
     quality.write_json(quality.TRIALS / f"{trial.name}.json", {"config": configuration(trial)} | found)
 
 
-def finished(out: Path, trial: Trial, config: dict) -> None:
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return synthetic_store(tmp_path_factory.mktemp("quality") / "store", rows=997, layers=6, d=7).path
+
+
+def finished(out: Path, trial: Trial, config: dict, summary: bool = True) -> None:
     """A run directory with just what is read of it."""
     run = out / trial.name
     run.mkdir(parents=True, exist_ok=True)
@@ -34,8 +42,10 @@ def finished(out: Path, trial: Trial, config: dict) -> None:
     last = {"loss": 1, "fvu": 0.2, "l0": 15.0, "dead": 0.01, "full": 0.5}
     (run / "metrics.jsonl").write_text(f'{{"val_fvu": 9}}\n{json.dumps(last)}\n{{"val_fvu": 0.3}}\n')
     (run / "timing.jsonl").write_text('{"seconds": 2}\n{"seconds": 5}\n')
+    (out / f"{trial.name}.txt").write_text("made here\nsaid\n")
     figures = {"rows": 7, "fvu": {"all": 0.4}, "l0": 14, "dead": 0, "targets": {}, "store": "a path of this machine"}
-    (run / "metrics.json").write_text(json.dumps(figures))
+    if summary:
+        (run / "metrics.json").write_text(json.dumps(figures))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -45,27 +55,66 @@ def test_every_rule_can_be_trained_on_top_of_the_recipe(rule: str):
     assert config.model.activation == rule and config.layer == "0-5" and config.steps == 1800
 
 
-def test_what_a_finished_run_measured_is_kept(tmp_path: Path):
+def test_what_a_finished_run_measured_is_kept(tmp_path: Path, store: Path):
     trial, out = sweep("topk")[0], tmp_path / "runs"
-    bench = Bench(tmp_path / "store", out, 1)
-    assert not bench.trained(trial) and result(trial) is None
-    finished(out, trial, configuration(trial) | {"store": "elsewhere", "log": {}})
-    assert bench.trained(trial)
+    bench = Bench(store, out, 1)
+    assert not bench.trained(trial) and not bench.done(trial)
+    made = configuration(trial) | {"store": "elsewhere", "log": {}}
+    finished(out, trial, made, summary=False)
+    assert not bench.trained(trial)
+    finished(out, trial, made)
+    assert bench.trained(trial) and bench.done(trial)
     found = result(trial)
     assert found is not None and found["seconds"] == 7 and found["fvu"] == {"all": 0.4} and found["last"]["l0"] == 15
-    assert found["last"]["val_fvu"] == 0.3 and "store" not in found and found["made"]
-    assert result(Sum("sum", (trial, sweep("topk")[1]))) is None
+    assert found["last"]["val_fvu"] == 0.3 and "store" not in found and found["made"] == "made here"
 
 
-def test_a_result_of_another_recipe_is_in_the_way(tmp_path: Path):
-    trial = sweep("topk")[0]
+def test_trials_run_part_by_part_and_only_once(tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each thread has its share of the cores in every part; what a run that was given up said is its result."""
+    low, middle, high = sweep("topk")
+    bench, ran = Bench(store, tmp_path, 2), []
+
+    def train(command: list[str], *, stdout, **_) -> subprocess.CompletedProcess:
+        trial = next(one for one in (low, middle, high) if str(tmp_path / one.name) in command)
+        ran.append((trial, os.sched_getaffinity(0)))
+        if trial == high:
+            stdout.write("training has diverged. Lower --lr\n")
+            return subprocess.CompletedProcess(command, 2)
+        finished(tmp_path, trial, configuration(trial))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(quality, "made", lambda: "made here")
+    monkeypatch.setattr(quality.subprocess, "run", train)
+    cores = os.sched_getaffinity(0)
+    for part in ([low], [low, middle, high]):
+        bench.run(part)
+    assert [trial for trial, _ in ran] in ([low, middle, high], [low, high, middle])
+    assert all(share <= cores and len(share) == max(1, len(cores) // 2) for _, share in ran) or len(cores) % 2
+    assert os.sched_getaffinity(0) == cores
+    assert result(high) == {"made": "made here", "data": bench.data, "config": configuration(high)} | {
+        "stopped": "training has diverged. Lower --lr"
+    }
+
+
+def test_what_was_made_otherwise_is_in_the_way(tmp_path: Path, store: Path):
+    """By another recipe or on another store: a result, a run, and a sum of results."""
+    trial, bench = sweep("topk")[0], Bench(store, tmp_path, 1)
     made = configuration(trial)
     made["sparsity"] = made["sparsity"] | {"revive": 1.0}
+    recipe = r"another recipe \(sparsity.revive: 1.0 -> 6e-05\): delete it"
     keep(trial, config=made)
-    with pytest.raises(SystemExit, match=r"another recipe \(sparsity.revive: 1.0 -> 6e-05\): delete it"):
+    with pytest.raises(SystemExit, match=recipe):
         result(trial)
     finished(tmp_path, trial, made)
-    assert not Bench(tmp_path / "store", tmp_path, 1).trained(trial)
+    with pytest.raises(SystemExit, match=recipe):
+        bench.trained(trial)
+    both = Sum("both", (trial, sweep("topk")[1]))
+    quality.write_json(quality.TRIALS / "both.json", {"configs": [configuration(both.trials[1]), made]})
+    with pytest.raises(SystemExit, match=r"another recipe \(lr: "):
+        result(both)
+    keep(trial, data=bench.data | {"rows": [5]})
+    with pytest.raises(SystemExit, match=r"another store \(rows: \[5\] -> \[1003\]\): delete it"):
+        bench.done(trial)
 
 
 def test_the_rate_of_a_sweep():

@@ -20,10 +20,11 @@ from cltjax.config import EvaluateConfig, LogConfig, ModelConfig, SparsityConfig
 from cltjax.distributed import make_mesh
 from cltjax.errors import UserError
 from cltjax.evaluation import evaluate, ridge_bytes, train_and_measure
+from cltjax.loss import FIRST_PENALTY
 from cltjax.metrics import mean_fvu, measure
 from cltjax.normalisation import blank
 from cltjax.ridge import fit_ridge, sum_moments
-from cltjax.runs import freeze, input_layers, load, weights_to_start_from
+from cltjax.runs import freeze, input_layers, load, start_of
 from cltjax.step import Frozen
 from cltjax.store import ActivationStore
 from cltjax.tokens import token_rules
@@ -259,9 +260,7 @@ def test_a_run_that_is_started_from_is_pinned(store: ActivationStore, tmp_path: 
     train(small(store, run, **again), stop_after=4)
     assert load(run).step == 3 and load(run).digest != digest
     with pytest.raises(UserError, match="first is being trained"):
-        weights_to_start_from(
-            pin | {"run": str(first), "step": 3}, blank(wire("0", LAYERS, 1, 16), D), make_mesh("1x1")
-        )
+        start_of(pin | {"run": str(first), "step": 3}, blank(wire("0", LAYERS, 1, 16), D), make_mesh("1x1"))
 
 
 def test_fine_tuning_starts_from_the_weights_of_another_run(store: ActivationStore, tmp_path: Path):
@@ -270,6 +269,22 @@ def test_fine_tuning_starts_from_the_weights_of_another_run(store: ActivationSto
     before, after = (load(tmp_path / run).clt for run in ("first", "again"))
     for name in ("W_enc", "b_enc", "b_dec"):
         assert (np.asarray(getattr(after, name)[...]) == np.asarray(getattr(before, name)[...])).all()
+
+
+@pytest.mark.parametrize("penalty", [None, 0.02])
+def test_fine_tuning_goes_on_with_the_penalty_that_was_steered(store: ActivationStore, tmp_path: Path, penalty):
+    """Else more features would be active until it is found again. One that is given is as it is given."""
+    settings = {"model": ModelConfig(29, 4, "relu"), "log": LogConfig(every=1, checkpoint_every=1000)}
+    train(small(store, tmp_path / "first", steps=60, lr=1e-2, **settings))
+    sparsity = SparsityConfig(penalty=penalty)
+    train(small(store, tmp_path / "again", start_from=tmp_path / "first", steps=2, sparsity=sparsity, **settings))
+    before = load(tmp_path / "first").penalty
+    first = read_lines(tmp_path / "again" / "metrics.jsonl")[0]
+    assert before is not None and (np.asarray(before.weight) != FIRST_PENALTY["relu"]).all()
+    if penalty is None:
+        assert first["penalty_by_source"] == np.asarray(before.weight).tolist()
+    else:
+        assert "penalty_by_source" not in first and load(tmp_path / "again").penalty is None
 
 
 @pytest.mark.parametrize("rule, later", [("topk", "topk"), ("jumprelu", "jumprelu"), ("batchtopk", "relu")])

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -14,7 +15,16 @@ from jax.sharding import PartitionSpec as P
 
 import dense
 from cltjax.config import ModelConfig, SparsityConfig, TrainConfig, slots_of
-from cltjax.loss import INTEGRAL, PROPORTIONAL, Steered
+from cltjax.loss import (
+    INTEGRAL,
+    LEAST_PENALTY,
+    MOST_EXCESS,
+    MOST_PENALTY,
+    PROPORTIONAL,
+    SteeredPenalty,
+    first_penalty,
+    steer,
+)
 from cltjax.normalisation import Normalisation
 from cltjax.sparsity import RANKED_BY_NORM
 from cltjax.step import (
@@ -109,7 +119,7 @@ def case(config: TrainConfig, wiring: Wiring, seed: int = 0, extra: int = 0) -> 
         parameters["log_threshold"] = np.log(rng.uniform(0.2, 0.9, (S, N))).astype(np.float32)
     shapes = jax.eval_shape(lambda: initial_state(config, wiring, scales))
     silent = np.where(rng.random((S, N)) < 1 / 3, DEAD, ALIVE).astype(np.int32)
-    weights, zeros = 0.05 + 0.1 * np.arange(S, dtype=np.float32), np.zeros(S, np.float32)
+    weights, excess = (0.1 * np.arange(S, dtype=np.float32) + start for start in (0.05, -0.2))
     state = TrainState(
         arrays_of(shapes.parameters, parameters),
         arrays_of(shapes.constants, vars(scales) | {"cut": np.zeros(S)}),
@@ -117,7 +127,7 @@ def case(config: TrainConfig, wiring: Wiring, seed: int = 0, extra: int = 0) -> 
         silent,  # type: ignore[arg-type]
         np.zeros((S, N), np.float32),  # type: ignore[arg-type]
         np.array(STEP, np.int32),  # type: ignore[arg-type]
-        Steered(weights, zeros) if config.steered else None,  # type: ignore[arg-type]
+        SteeredPenalty(weights, excess) if config.steered else None,  # type: ignore[arg-type]
     )
     x = normal(config.batch_size, S + extra, D)
     x[:, :S] = x[:, :S] * scales.in_std[:, None] + scales.in_mean
@@ -211,20 +221,38 @@ def test_each_source_has_its_own_penalty_where_it_is_steered(activation: str):
 
 
 def test_the_penalty_follows_k():
-    """By each source's own count: it rises where more than k are active, which comes down from k_start times k."""
+    """By each source's own count, of features without a slot too: it rises where more than k are active, and k comes
+    down from k_start times k."""
     sparsity = {"penalty": None, "k_start": 3.0, "anneal": 0.5}
-    config = settings("relu", model={"k": (2, 4), "slots": F}, sparsity=sparsity)
-    of = case(config, wire("0-1", 2, 0, 16))
+    config = settings("relu", model={"k": (2, 4, 5), "slots": 12}, sparsity=sparsity)
+    of = case(config, wire("all", 3, 0, 16))
     inputs = arguments(of, mesh_of(1, 1))
     after, figures = make_step(config, of.graph, mesh_of(1, 1))(*inputs)
-    wanted = dense.k_at(STEP, config, 2)
-    assert after.penalty is not None and of.state.penalty is not None and wanted == (5, 10)
-    excess = np.log(np.asarray(figures["l0"]) / wanted)
-    assert (figures["penalty"] == of.state.penalty.weight).all()
-    np.testing.assert_allclose(after.penalty.excess, excess, rtol=1e-6)
-    change = (INTEGRAL + PROPORTIONAL) * excess
-    np.testing.assert_allclose(after.penalty.weight, of.state.penalty.weight * np.exp(change), rtol=1e-6)
-    assert excess[0] > 0.5 > abs(excess[1])
+    before, found, wanted = of.state.penalty, after.penalty, dense.k_at(STEP, config, 3)
+    assert before is not None and found is not None and wanted == (5, 10, 12)
+    h = np.einsum("bsd,sfd->sbf", of.normal()[0], of.parameters["W_enc"]) + of.parameters["b_enc"][:, None]
+    excess = np.log((h > 0).sum((1, 2)) / B / wanted)
+    assert excess[0] > MOST_EXCESS > excess[1] > 0.1
+    excess = np.minimum(excess, MOST_EXCESS)
+    assert (np.asarray(figures["penalty"]) == before.weight).all()
+    np.testing.assert_allclose(found.excess, excess, rtol=1e-6)
+    change = INTEGRAL * float(figures["lr"]) * excess + PROPORTIONAL * (excess - before.excess)
+    np.testing.assert_allclose(found.weight, before.weight * np.exp(change), rtol=1e-5)
+
+
+def test_a_steered_penalty_stays_within_bounds_and_comes_back():
+    """Whatever goes on for long: no active feature at all, or more than any penalty could put out."""
+
+    @jax.jit
+    def many_steps(weight: SteeredPenalty, l0: jax.Array, k: jax.Array) -> SteeredPenalty:
+        return jax.lax.fori_loop(0, 20_000, lambda _, state: steer(state, l0, k, jnp.array(0.004)), weight)
+
+    k, weight = jnp.array([16.0]), first_penalty("jumprelu", 1)
+    for l0, bound in ((0.0, LEAST_PENALTY), (1000.0, MOST_PENALTY), (0.0, LEAST_PENALTY)):
+        weight = many_steps(weight, l0 * k, k)
+        assert float(weight.weight[0]) == pytest.approx(bound)
+    again = steer(weight, k, k, 0.0)  # type: ignore[arg-type]
+    assert float(again.weight[0]) == pytest.approx(LEAST_PENALTY * np.exp(PROPORTIONAL * MOST_EXCESS), rel=1e-5)
 
 
 @pytest.mark.parametrize("activation", ["topk_joint", "jumprelu", "relu"])

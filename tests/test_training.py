@@ -102,12 +102,26 @@ def test_resumed_equals_uninterrupted_bit_for_bit(store: ActivationStore, tmp_pa
     assert records[-1] == {"step": 6, **json.loads(file.read_text())}
 
 
+def test_a_run_of_before_there_was_a_steered_penalty_goes_on(store: ActivationStore, tmp_path: Path):
+    """Its checkpoints lack that field, and its configuration has a penalty that did nothing."""
+    run = tmp_path / "run"
+    train(small(store, run), stop_after=4)
+    found = json.loads((run / "config.json").read_text())
+    found["config"]["sparsity"]["penalty"] = 1e-3
+    (run / "config.json").write_text(json.dumps(found))
+    names = json.loads((run / "checkpoints/3/state/_METADATA").read_text())["tree_metadata"]
+    assert names and not any("penalty" in name for name in names)
+    train(small(store, run))
+    assert last_step(run) == 6 and load(run).penalty is None
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "rule",
     [
         "--model.activation topk",
         "--model.activation batchtopk --model.slots 10 --sparsity.revive 6e-5 --sparsity.dead-after 300",
+        "--model.activation jumprelu --sparsity.k-start 2",
     ],
 )
 def test_killed_at_any_moment_the_result_is_the_same(store: ActivationStore, tmp_path: Path, rule: str):
