@@ -255,6 +255,8 @@ class Bench:
         """Do what is not done yet."""
         left = [run for run in dict.fromkeys(runs) if not self.done(run)]
         trials = dict.fromkeys(trial for run in left for trial in run.trials if not self.trained(trial))
+        for trial in trials:
+            resolved(trial)  # which tyro does on one thread alone
         cores, shares = sorted(os.sched_getaffinity(0)), Queue()
         for job in range(self.jobs):
             shares.put(cores[job :: self.jobs] or cores)
