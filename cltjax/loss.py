@@ -22,12 +22,12 @@ from cltjax.encode import pre_activations
 from cltjax.sparsity import RANKED_BY_NORM, candidates, jumprelu, training_cut
 
 # Where the penalty is steered: its first weight. A source with r times as many active features as it is to have gets
-# r ** PROPORTIONAL times a weight that grows by INTEGRAL x lr x log r in every step: lr is how fast Adam's weights, and
-# so L0, follow. What is needed falls tenfold in the course of a run; an integral alone follows so late that half of
+# r ** PROPORTIONAL times a weight whose logarithm grows by INTEGRAL x lr x log r a step: lr is how fast Adam's weights,
+# and so L0, follow. What is needed falls tenfold in the course of a run; an integral alone follows so late that half of
 # jumprelu's features are dead by then, and L0, which does not come up again by a lower weight, is a third of k.
 FIRST_PENALTY = {"jumprelu": 1e-5, "relu": 1e-4}
 INTEGRAL, PROPORTIONAL = 2.5, 6.0
-MOST_EXCESS = 0.7  # log r is taken for this at most, in size
+MOST_EXCESS = 0.7  # log r is taken for this at most, in size: else the weight is far too large once L0 has followed
 LEAST_PENALTY, MOST_PENALTY = 1e-8, 1e2
 
 
