@@ -172,7 +172,7 @@ def estimate(config: TrainConfig, shape: ModelShape, rates: Rates) -> Cost:
         store_bytes_per_token=(z.S + z.T) * z.D * stored,
         store_bytes_per_row=2 * len(layers) * z.D * stored,
         # weights, two moments; tokens of silence and firing rate of each feature; constants
-        checkpoint_bytes=WEIGHT * (3 * sum(parameters.values()) + 2 * z.S * z.F + constants(z)),
+        checkpoint_bytes=WEIGHT * (3 * sum(parameters.values()) + 2 * z.S * z.F + constants(z, config)),
         mesh=(z.data, z.model),
         batch_size=config.batch_size,
         microbatches=config.microbatches,
@@ -212,9 +212,9 @@ def sizes(config: TrainConfig, shape: ModelShape, wiring: Wiring) -> Sizes:
     )
 
 
-def constants(z: Sizes) -> int:
-    """Numbers that belong to the model and are not trained: means, standard deviations, cuts."""
-    return (z.S + z.T) * (z.D + 1) + z.S
+def constants(z: Sizes, config: TrainConfig) -> int:
+    """Numbers that are not trained by gradients: means, standard deviations, cuts; a steered penalty and its excess."""
+    return (z.S + z.T) * (z.D + 1) + z.S + 2 * z.S * config.steered
 
 
 def memory(z: Sizes, config: TrainConfig, own: int) -> dict[str, int]:
@@ -238,7 +238,7 @@ def memory(z: Sizes, config: TrainConfig, own: int) -> dict[str, int]:
         "x normalised": b * S * D * (WEIGHT + (z.computed if z.computed != WEIGHT else 0)),
         "candidates": 3 * WEIGHT * S * b * C + gathered,  # values, indices, gradients
         "y normalised, y_hat": (4 if config.sparsity.auxk else 2) * WEIGHT * b * T * D,
-        "counters, constants": 2 * WEIGHT * S * z.F // M + WEIGHT * constants(z),
+        "counters, constants": 2 * WEIGHT * S * z.F // M + WEIGHT * constants(z, config),
     }
     return {name: size for name, size in found.items() if size}
 
