@@ -260,7 +260,10 @@ def test_when_a_run_is_given_up():
     assert after(3, 9.9).fault(config) is None and "diverged" in str(after(3, 10.1).fault(config))
     assert after(309, 0.6, 1.9).fault(config) is None and "L0 1.9 of 8" in str(after(310, 0.6, 1.9).fault(config))
     assert after(310, 0.6, 2.1).fault(config) is None and after(310, 0.4, 1.9).fault(config) is None
-    assert after(310, 0.6, 1.9).fault(replace(config, model=ModelConfig(100, 8, "jumprelu"))) is None
+    penalised = replace(config, model=ModelConfig(100, 8, "jumprelu"))
+    assert "training has collapsed (L0 1.9 of 8" in (after(310, 0.6, 1.9).fault(penalised) or "")
+    given = replace(penalised, sparsity=SparsityConfig(penalty=0.1))  # k is not what it is to have
+    assert after(310, 0.6, 1.9).fault(given) is None
     # Given runs that together predict the targets several times: 16 is what this run has to mend.
     assert after(1, 16, first=16).fault(config) is None and after(309, 159, first=16).fault(config) is None
     assert "FVU 161 on average, 16 at first" in str(after(3, 161, first=16).fault(config))
