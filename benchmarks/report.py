@@ -4,6 +4,7 @@ import os
 import platform
 from collections.abc import Iterable
 from importlib import metadata
+from io import StringIO
 from pathlib import Path
 
 from rich.console import Console
@@ -21,12 +22,14 @@ def machine(*packages: str) -> str:
 
 def publish(path: Path, items: Iterable[str | Table], *, width: int = 150, append: bool = False) -> None:
     """Print lines and tables, and write them to `path`: instead of what is there, or behind it."""
-    items = list(items)
+    text = StringIO()
+    consoles = Console(width=width), Console(width=width, file=text)
+    for item in items:
+        for console in consoles:
+            if isinstance(item, str):
+                console.print(item, highlight=False, markup=False, soft_wrap=True)
+            else:
+                console.print(item)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a" if append else "w", encoding="utf-8") as file:
-        for console in (Console(width=width), Console(width=width, file=file)):
-            for item in items:
-                if isinstance(item, str):
-                    console.print(item, highlight=False, markup=False, soft_wrap=True)
-                else:
-                    console.print(item)
+        file.write(text.getvalue())

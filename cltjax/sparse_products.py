@@ -6,9 +6,9 @@ F (one too many) stands for no feature.
 Two ways each, chosen by backend as measured (benchmarks/train_step.py has the figures):
   loop    over the C slots, n rows at a time: no intermediate is larger than [n, M], and it suits a device that hides
           the latency of memory by itself. The table's gradient is read and written again in every turn.
-  by row  one output row after the other, which stays in the processor's cache: for CPUs. The tokens of a feature are
-          found by sorting; then its row of the gradient is a row of a sparse matrix times a dense one, which jaxlib
-          has a threaded kernel for.
+  by row  one output row after the other, or a few at a time, which stay in the processor's cache: for CPUs. The tokens
+          of a feature are found by sorting; then its row of the gradient is a row of a sparse matrix times a dense one,
+          which jaxlib has a threaded kernel for.
 """
 
 import jax
