@@ -45,8 +45,7 @@ class ModelConfig:
     k: float | tuple[float, ...] = 16
     """Active features per token and source layer; below 1 a share of the features. Several numbers: one a source."""
     activation: Activation = "topk"
-    """topk: k a token and source; topk_joint: over all sources; batchtopk: over a batch; jumprelu, relu: by penalty,
-    which is steered towards k."""
+    """topk: k a token and source; topk_joint: over all sources; batchtopk: over a batch; jumprelu, relu: by penalty."""
     slots: int | None = None
     """Most active features of a training token and source, for rules other than topk; by default 4 k, or all."""
 
@@ -56,8 +55,7 @@ class SparsityConfig:
     """How features are kept few and alive while training."""
 
     penalty: float | None = None
-    """Weight of the sparsity penalty of jumprelu and relu: sum of tanh(scale a |W_dec|), or of a |W_dec|. By default
-    each source has its own, which rises while more than k of its features are active, and falls while fewer are."""
+    """Weight of jumprelu's tanh(scale a |W_dec|), or relu's a |W_dec|; by default steered so that k are active."""
     scale: float = 4.0
     """Scale inside jumprelu's tanh."""
     ramp: float = 1.0
