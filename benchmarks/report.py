@@ -14,10 +14,18 @@ from rich.table import Table
 def machine(*packages: str) -> str:
     """Processor and memory, Python's version and those of packages."""
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    cores = f"{len(os.sched_getaffinity(0))} cores of {platform.machine()}, {size:.0f} GiB"
+    cores = f"{len(os.sched_getaffinity(0))} cores of {processor()}, {size:.0f} GiB"
     return ", ".join(
         [cores, f"Python {platform.python_version()}", *(f"{name} {metadata.version(name)}" for name in packages)]
     )
+
+
+def processor() -> str:
+    """Its name, where Linux tells; else its architecture. Ratios of speeds are not the same on all of them."""
+    listed = Path("/proc/cpuinfo")
+    lines = listed.read_text(encoding="utf-8").splitlines() if listed.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def publish(path: Path, items: Iterable[str | Table], *, width: int = 150, append: bool = False) -> None:
