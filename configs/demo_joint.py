@@ -7,9 +7,10 @@
 921,600 tokens, 117 s of training on two idle cores, 139 s with start-up, validation and measuring. On 105,107 test
 rows: mean FVU .0134 (text .022, image .010), worst target .0254; slopes .991 to 1.000; L0 16.0 a source; 1.1 % dead.
 
-batchtopk is the best of the rules tried at this number of active features: at 2,600 steps .0118, where topk had .0167
-(benchmarks/quality.py, with an earlier form of the revival). Its step takes 1.6 times as long as topk's. No more than
-32 features of a token and source are active while training; 16 % of the tokens of the source with most reach that.
+Of the rules tried batchtopk is the best but for jumprelu, which has been found since (docs/training.md): .0126 with
+--model.activation jumprelu --model.slots 64 --sparsity.revive 1e-4 --sparsity.bandwidth 0.3. Its step takes 1.6 times
+as long as topk's. No more than 32 features of a token and source are active while training; 16 % of the tokens of the
+source with most reach that.
 """
 
 from cltjax.config import ModelConfig, SparsityConfig, TrainConfig
