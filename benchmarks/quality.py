@@ -45,6 +45,7 @@ from benchmarks.report import machine, publish
 from cltjax.checkpoint import CONFIG, METRICS, SUMMARY, TIMING, identity, read_config, read_lines
 from cltjax.command import run as parse
 from cltjax.config import NOT_THE_RUN, TrainConfig, as_json, differing, read_config_file
+from cltjax.errors import UserError
 from cltjax.files import write_json
 from cltjax.store import ActivationStore
 from cltjax.store_format import differences
@@ -172,7 +173,10 @@ def main() -> None:
     if not options.report:
         if options.store is None:
             parser.error("--store is needed to run trials")
-        bench = Bench(options.store, options.out, options.jobs)
+        try:
+            bench = Bench(options.store, options.out, options.jobs)
+        except UserError as error:
+            parser.error(str(error))
         if "sweeps" in options.parts:
             bench.run(trial for kind in SWEPT if kind.name in options.only for trial in kind.sweep().values())
         rows = table_rows()
