@@ -22,8 +22,7 @@ from cltjax.typed import check_types, converted
 NOT_THE_RUN = ("store", "out", "config", "given", "start_from", "log", "mesh", "processes")
 
 Activation = Literal["topk", "topk_joint", "batchtopk", "jumprelu", "relu"]
-# The rules under which `k` features are active by construction; under the others a penalty sees to it.
-K_RULES: tuple[Activation, ...] = ("topk", "topk_joint", "batchtopk")
+# The rules that a penalty keeps sparse; under the others `k` features are active by construction.
 PENALISED: tuple[Activation, ...] = ("jumprelu", "relu")
 # Sparsity options that only some rules have.
 ONLY_UNDER: dict[str, tuple[Activation, ...]] = {
@@ -269,7 +268,7 @@ class TrainConfig:
                 )
         if self.steered and self.sparsity.ramp != SparsityConfig().ramp:
             raise UserError("--sparsity.ramp does nothing without --sparsity.penalty: name both, or leave it")
-        if self.penalised and not self.steered and self.sparsity.k_start != 1:
+        if not self.has_k and self.sparsity.k_start != 1:
             raise UserError(
                 "--sparsity.k-start does nothing beside --sparsity.penalty, which stays as given: leave one"
             )
@@ -285,6 +284,11 @@ class TrainConfig:
     def steered(self) -> bool:
         """Whether that penalty follows k."""
         return self.penalised and self.sparsity.penalty is None
+
+    @property
+    def has_k(self) -> bool:
+        """Whether k is how many features are to be active: by the rule itself, or by a penalty that follows it."""
+        return self.steered or not self.penalised
 
     @property
     def learning_rate(self) -> float:

@@ -34,7 +34,7 @@ from cltjax.checkpoint import (
     without_paths,
 )
 from cltjax.clt import CLT
-from cltjax.config import K_RULES, ProcessesConfig, TrainConfig, as_json, k_values
+from cltjax.config import ProcessesConfig, TrainConfig, as_json, k_values
 from cltjax.distributed import (
     agree,
     check_divides,
@@ -121,7 +121,7 @@ class Trend:
         if self.fvu > (WORTHLESS if settled else DIVERGED) * self.start:
             than = f"{self.first:.3g} at first; the mean alone has 1"
             return f"training has diverged (train FVU {self.fvu:.3g} on average, {than})"
-        if settled and (config.model.activation in K_RULES or config.steered):
+        if settled and config.has_k:
             ks = k_values(config.model.k, config.model.features)
             k = sum(ks) / len(ks)
             if self.l0 < COLLAPSED * k and self.fvu > LITTLE * self.start:
@@ -336,7 +336,7 @@ def validation(
 def say_plan(config: TrainConfig, store: ActivationStore, rules: TokenRules, wiring: Wiring, run: Path) -> None:
     """What is going to be done, and which options will do nothing."""
     tokens, model = config.steps * config.batch_size, config.model
-    k = "" if config.penalised and not config.steered else f" k={spell_numbers(model.k)}"
+    k = f" k={spell_numbers(model.k)}" if config.has_k else ""
     say(
         f"{run}: source {spell_layers(wiring.sources)} -> targets {spell_layers(wiring.targets)}, "
         f"F={model.features}, {model.activation}{k}; {tokens:,} tokens"

@@ -8,7 +8,7 @@ from flax import nnx
 
 import dense
 from cltjax.axes import ALONE
-from cltjax.config import FEW_DEAD, K_RULES, ModelConfig, SparsityConfig, TrainConfig
+from cltjax.config import FEW_DEAD, PENALISED, ModelConfig, SparsityConfig, TrainConfig
 from cltjax.loss import Active, activate, k_at, penalty_weight, revival, squared_errors
 from test_clt import RULES, B, D, forward, model
 
@@ -84,7 +84,7 @@ def test_few_dead_features_are_pushed_as_many_are(activation: str):
     pre = clt.pre_activations(normal)
     rank = clt.rank(pre)
     S, _, F = pre.shape
-    cut = jnp.median(rank, -1, keepdims=True) if activation in K_RULES else jnp.zeros((1, 1, 1))
+    cut = jnp.zeros((1, 1, 1)) if activation in PENALISED else jnp.median(rank, -1, keepdims=True)
     active = Active(cut, jnp.zeros((S, B, 1), int), pre, rank, cut, full=cut)
     losses = 1.0 + jnp.arange(B)
 
