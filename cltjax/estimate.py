@@ -37,7 +37,7 @@ WEIGHT = 4  # bytes of a float32: weights, moments, gradients, pre-activations, 
 OPTIMISER_FLOPS = 19
 # The global norm reads the gradient; the update reads weight, two moments, gradient and writes weight, two moments.
 OPTIMISER_BYTES = 8 * WEIGHT
-UNROLL = 2  # of the loops in cltjax/sparse_products.py, which imports jax
+UNROLL = 8  # of the loops in cltjax/sparse_products.py, which imports jax
 # What a radix sort of a number and its place moves: 8 bytes read and 8 written, four times.
 SORT_BYTES = 64
 

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cltjax.axes import MESH, Axes, total, varying_like
+from cltjax.axes import ALONE, MESH, Axes, shards, total, varying_like
 from cltjax.clt import CLT
 from cltjax.config import TrainConfig, k_values, slots_of
 from cltjax.loss import (
@@ -245,7 +245,8 @@ def make_gradients(
     M microbatches are gone through one after the other; gradients are of their mean loss.
     """
     slots = slots_of(config.model, config.sparsity.k_start if annealing else 1.0)
-    data, model = MESH
+    axes = MESH if mesh.size > 1 else ALONE  # a sum over one device would copy what it adds up
+    data, model = axes
 
     def penalty_weights(state: TrainState) -> jax.Array:
         if state.penalty is not None:
@@ -257,27 +258,27 @@ def make_gradients(
         """This shard's part of one microbatch's loss; figures are sums over this shard's tokens."""
         clt: CLT = nnx.merge(graph, parameters, state.constants)
         x, y = unpacked(x), unpacked(y)
-        tokens = len(x) * mesh.shape[data]
+        tokens = len(x) * shards(data)
         normal = clt.normalise_inputs(x[:, : len(clt.wiring.sources)])
         k = k_at(clt.k, config.model.features, config.sparsity, config.steps, state.step)
-        active = activate(clt, normal, k, slots, config.sparsity.bandwidth, MESH)
+        active = activate(clt, normal, k, slots, config.sparsity.bandwidth, axes)
         target = clt.normalise_targets(y)
-        y_hat = predict(clt, clt.contributions(active.values, active.indices), x, frozen, arrays, MESH)
+        y_hat = predict(clt, clt.contributions(active.values, active.indices), x, frozen, arrays, axes)
         of_tokens = squared_errors(y_hat, target)
         errors = of_tokens.sum(0)
         weights = jnp.array(config.target_weights) if config.target_weights else jnp.ones(errors.shape)
         loss = weights @ errors / tokens
         dead = state.silent > dead_after(config)
         if config.penalised:
-            found = penalty(clt, active, config.sparsity.scale, MESH) / tokens
+            found = penalty(clt, active, config.sparsity.scale, axes) / tokens
             loss += jnp.sum(penalty_weights(state) * found)
         if config.sparsity.revive > 0:
             losses = jax.lax.stop_gradient(of_tokens @ weights)
-            loss += config.sparsity.revive * revival(clt, normal, active, dead, losses, MESH) / tokens
+            loss += config.sparsity.revive * revival(clt, normal, active, dead, losses, axes) / tokens
         if config.sparsity.auxk > 0:
             left = jax.lax.stop_gradient(target - y_hat)
             slots_left = min(config.sparsity.auxk_features, config.model.features)
-            found = auxiliary(clt, normal, active.pre, left, dead, slots_left, MESH).sum(0)
+            found = auxiliary(clt, normal, active.pre, left, dead, slots_left, axes).sum(0)
             power = total(jnp.mean(jnp.square(left), -1).sum(0), data)
             loss += config.sparsity.auxk * (weights @ (found / power))
         fires = active.values > 0
@@ -289,7 +290,7 @@ def make_gradients(
             "error": errors / tokens,
             "power": jnp.mean(jnp.square(target), -1).sum(0) / tokens,
             "l0": total(fires.sum((1, 2)), model) / tokens,
-            "full": total(active.full.sum(1), model) / mesh.shape[model] / tokens,
+            "full": total(active.full.sum(1), model) / shards(model) / tokens,
         }
         if config.steered:  # by all that would be active, were there slots for them: as they will be measured
             figures["above"] = total((active.rank > 0).sum((1, 2)), model) / tokens
@@ -316,6 +317,8 @@ def make_gradients(
         return mean(over_data(gradients)), mean(over_data(figures)), over_data(fired)
 
     def gradients(state: TrainState, x: jax.Array, y: jax.Array, arrays: Sequence[nnx.State]):
+        if axes == ALONE:
+            return local(state, x, y, arrays)
         by_batch = P(None, data)
         outputs = specs(state.parameters), P(), P(None, model)
         inputs = specs(state), by_batch, by_batch, specs(arrays)

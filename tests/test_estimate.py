@@ -18,6 +18,7 @@ import cltjax.estimate
 import cltjax.rates
 import cltjax.sparse_products
 from cltjax.config import ModelConfig, SparsityConfig, TrainConfig
+from cltjax.distributed import make_mesh
 from cltjax.errors import UserError
 from cltjax.estimate import (
     Cost,
@@ -124,16 +125,16 @@ def test_traffic_of_a_step():
         encode = x + 4 * encoder + 4 * S * n * F
         assert part(one, "encode") == Part("encode", n * 2 * S * F * D, encode, encode)
         assert part(one, "select") == Part("select", 0, 4 * S * n * F, 4 * S * n * F, selected=S * n * F)
-        # The loop over slots reads and writes its sum for every two of them.
-        streamed = y + y_hat + (4 + 4) * active // 2
+        # The loop over slots reads and writes its sum for every eight of them.
+        streamed = y + y_hat + (4 + 4) * active // 8
         assert part(one, "decode") == Part("decode", 2 * active, y + y_hat + 4 * decoder, streamed, 4 * active)
         assert part(one, "optimiser") == Part("optimiser", 19 * own, 32 * own, 32 * own)
     backward = "decode backward", 4 * active, y_hat + 8 * decoder
     # By row: a decoder's and an error's row for each active feature; a gradient is written once.
     assert part(by_row, "decode backward") == Part(*backward, y_hat + 4 * decoder, (4 + 4) * active)
-    # In a loop: a decoder's row read, a gradient's read and written; errors in their order, twice in two slots for the
-    # weights' gradient and once for the values'.
-    streamed = y_hat + 4 * decoder + 4 * active + 2 * active
+    # In a loop: a decoder's row read, a gradient's read and written; errors in their order, every time for the weights'
+    # gradient and once in eight slots for the values'.
+    streamed = y_hat + 4 * decoder + 4 * active + 4 * active // 8
     assert part(found, "decode backward") == Part(*backward, streamed, (4 + 8) * active)
     backward = "encode backward", n * 2 * S * K * D, x + 4 * encoder
     assert part(by_row, "encode backward") == Part(*backward, x + 4 * encoder, 4 * of_encoder)
@@ -226,7 +227,7 @@ def test_parameters_and_checkpoint_are_those_of_the_training_state(activation: A
     config = dataclasses.replace(CONFIG, model=ModelConfig(F, K, activation))
     found = estimate(config, SHAPE, RATES)
     wiring = wire(config.layer, SHAPE.n_layers, config.offset, config.n_targets)
-    state = abstract_state(config, wiring, blank(wiring, D), jax.make_mesh((1, 1), ("data", "model")))
+    state = abstract_state(config, wiring, blank(wiring, D), make_mesh("1x1"))
     assert sum(leaf.size for leaf in jax.tree.leaves(state.parameters)) == sum(found.parameters.values())
     counters = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == ()]
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
@@ -252,7 +253,7 @@ def test_memory_is_what_the_compiled_step_asks_for(changes: dict[str, Any]):
     config = TrainConfig(**{"layer": "all", "offset": 0, "batch_size": 512} | changes)
     found = estimate(config, shape, RATES).memory
     wiring = wire(config.layer, shape.n_layers, config.offset, config.n_targets)
-    mesh, scales = jax.make_mesh((1, 1), ("data", "model")), blank(wiring, shape.d_model)
+    mesh, scales = make_mesh("1x1"), blank(wiring, shape.d_model)
     pieces = config.microbatches, config.batch_size // config.microbatches
     placed = NamedSharding(mesh, P(None, "data"))
     x, y = (
