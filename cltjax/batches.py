@@ -1,9 +1,9 @@
 """Rows of a store for training and for measuring.
 
 `Batches(step)` is a pure function of the seed and the step: a run resumes at any step without a saved position.
-Train rows are cut into pages of neighbouring rows, which one read gets cheaply; each epoch visits the pages in another
-order, several at a time (a buffer, bounded in bytes), with the rows of a buffer shuffled. Neighbouring tokens of one
-sample are alike, so the more pages a buffer holds, the better a batch is mixed.
+Train rows are cut into pages of neighbouring rows, whole blocks of the store as a rule, which are read at once; each
+epoch visits the pages in another order, several at a time (a buffer, bounded in bytes), with the rows of a buffer
+shuffled. Neighbouring tokens of one sample are alike, so the more pages a buffer holds, the better a batch is mixed.
 
 Where image tokens have a share of their own, they and all others are two such streams, each with its own epochs.
 """
@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -21,11 +22,14 @@ import numpy as np
 from cltjax.config import DataConfig
 from cltjax.errors import UserError
 from cltjax.store import ActivationStore
-from cltjax.store_format import DTYPES, IMAGE
+from cltjax.store_format import IMAGE
 from cltjax.tokens import TokenRules
 
 Item = TypeVar("Item")
 
+# The rule by which rows are ordered: a run goes on only by the one that it began with. (1, until November 2026: pages
+# began anywhere.)
+ROW_ORDER = 2
 # Rows of a page where none are asked for: the most, unless a buffer would hold too few such pages; then the fewest.
 MOST_PAGE_ROWS, FEWEST_PAGE_ROWS, ENOUGH_PAGES = 256, 16, 32
 
@@ -41,46 +45,71 @@ class Batch(NamedTuple):
     y: np.ndarray
 
 
+class Layout(NamedTuple):
+    """An epoch's pages in the order that they are visited in, and its buffers, each of which is some of them."""
+
+    starts: np.ndarray  # [pages] where a page begins among the order's rows
+    sizes: np.ndarray  # [pages] rows
+    cuts: np.ndarray  # [buffers + 1] the first page of each
+    rows: np.ndarray  # [buffers + 1] rows of the epoch before each
+
+
 class Order:
     """In which order rows are visited, epoch after epoch. Epochs follow one another without a gap."""
 
-    def __init__(self, rows: np.ndarray, page_rows: int, buffer_rows: int, seed: int) -> None:
-        """rows: [N] ascending row numbers. A buffer is whole pages, at least one, of at most `buffer_rows` together."""
-        self.rows = rows
-        self.page_rows = page_rows
-        pages, most = -(-len(rows) // page_rows), max(1, buffer_rows // page_rows)
-        self.per_epoch = -(-pages // most)
+    def __init__(
+        self, rows: np.ndarray, places: np.ndarray, page_rows: int, buffer_rows: int, seed: int, block_rows: int = 1
+    ) -> None:
+        """rows: [N] ascending row numbers; places: [N] where they lie (ActivationStore.places).
+
+        A page are those at `page_rows` neighbouring places: whole blocks of `block_rows`, which are what is read, if it
+        is no smaller than one. A buffer is whole pages, at least one, of at most `buffer_rows` together.
+        """
+        self.rows, self.on_disk, self.seed = rows, places, seed
+        self.span = page_rows // block_rows * block_rows or page_rows
+        self.shifts = range(0, self.span, block_rows) if self.span >= block_rows else range(1)
+        self.per_epoch = 1
+        if len(rows) > buffer_rows:
+            most = max(len(self._pages(shift)) for shift in self.shifts)
+            self.per_epoch = -(-most // max(1, buffer_rows // self.span))
+        self.layout = lru_cache(maxsize=3)(self._layout)  # of the epochs around
+
+    def _pages(self, shift: int) -> np.ndarray:
+        """Where pages begin among the rows."""
+        return np.append(0, np.flatnonzero(np.diff((self.on_disk + shift) // self.span)) + 1)
+
+    def _layout(self, epoch: int) -> Layout:
+        """Pages begin at other blocks in every epoch where they are several blocks long."""
+        rng = np.random.default_rng([self.seed, epoch])
+        starts = self._pages(int(rng.choice(self.shifts)))
+        visit = rng.permutation(len(starts))
+        sizes = np.diff(starts, append=len(self.rows))[visit]
         # As equal as whole pages allow: while a small one is used up, a large one would not be read in time.
-        self.buffer_rows = -(-pages // self.per_epoch) * page_rows
-        self.per_epoch = -(-len(rows) // self.buffer_rows)
-        self.seed = seed
+        cuts = np.arange(self.per_epoch + 1) * len(starts) // self.per_epoch
+        return Layout(starts[visit], sizes, cuts, np.append(0, np.cumsum(sizes))[cuts])
 
     def buffer(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Buffer `number`, counted through all epochs: its rows, ascending, and the order to visit them in."""
         epoch, place = divmod(number, self.per_epoch)
-        rng = np.random.default_rng([self.seed, epoch])
-        # Pages are cut at other places in every epoch, and the short page is another.
-        n, shift = len(self.rows), int(rng.integers(len(self.rows)))
-        whole = n // self.page_rows
-        pages = np.append(rng.permutation(whole), whole)  # the short (or empty) rest comes last
-        per_buffer = self.buffer_rows // self.page_rows
-        chosen = pages[place * per_buffer : (place + 1) * per_buffer]
-        places = (chosen[:, None] * self.page_rows + np.arange(self.page_rows)).ravel()
-        found = self.rows[(places[places < n] + shift) % n]
-        return np.sort(found), np.random.default_rng([self.seed, epoch, place]).permutation(len(found))
+        layout = self.layout(epoch)
+        chosen = slice(layout.cuts[place], layout.cuts[place + 1])
+        pages = sorted(zip(layout.starts[chosen].tolist(), layout.sizes[chosen].tolist(), strict=True))
+        found = np.concatenate([self.rows[start : start + size] for start, size in pages] or [self.rows[:0]])
+        return found, np.random.default_rng([self.seed, epoch, place]).permutation(len(found))
 
     def first(self, number: int) -> int:
         """The position in the endless stream at which buffer `number` begins."""
         epoch, place = divmod(number, self.per_epoch)
-        return epoch * len(self.rows) + place * self.buffer_rows
+        return epoch * len(self.rows) + int(self.layout(epoch).rows[place])
 
     def places(self, first: int, count: int) -> Iterator[tuple[int, slice]]:
         """Where `count` positions of the endless stream lie: (buffer number, slice of its visiting order)."""
         while count > 0:
             epoch, offset = divmod(first, len(self.rows))
-            place, start = divmod(offset, self.buffer_rows)
-            size = min(self.buffer_rows, len(self.rows) - place * self.buffer_rows)
-            taken = min(count, size - start)
+            rows = self.layout(epoch).rows
+            place = int(np.searchsorted(rows, offset, "right")) - 1
+            start = offset - int(rows[place])
+            taken = min(count, int(rows[place + 1]) - offset)
             yield epoch * self.per_epoch + place, slice(start, start + taken)
             first += taken
             count -= taken
@@ -177,9 +206,8 @@ class Batches:
         positions: [b] which of the `batch_size` rows of every batch are returned, in that order; by default all. No
         others are read, and what lies at a position does not depend on it. UserError where rows are lacking.
         """
-        # int8 counts as if it were float32, as it once was in memory: an old run goes on in the order it began with.
-        item = 4 if store.dtype == "int8" else DTYPES[store.dtype].itemsize
-        row_bytes = (len(sources) + len(targets)) * store.d_model * item
+        (_, layers, width), dtype = store.packed_shape(1, (*sources, *targets))
+        row_bytes = layers * width * dtype.itemsize
         self.row_bytes, self.batch_size, self.chosen_pages = row_bytes, batch_size, data.page_rows is None
         # One buffer in use and one that is read; the streams share in them as they share in a batch.
         most_rows = (data.buffer_mib << 20) // 2 // row_bytes
@@ -190,7 +218,8 @@ class Batches:
         for number, (rows, slots) in enumerate(shares(store, rules, batch_size)):
             buffer_rows = most_rows * len(slots) // batch_size
             page_rows = data.page_rows or page_size(buffer_rows)
-            order = Order(rows, page_rows, buffer_rows, seed if number == 0 else other_seed(seed, number))
+            own_seed = seed if number == 0 else other_seed(seed, number)
+            order = Order(rows, store.places(rows), page_rows, buffer_rows, own_seed, store.block_rows)
             needed = np.isin(slots, self.positions)
             if needed.any():
                 self.streams.append(Stream(store, sources, targets, order, needed))
@@ -213,18 +242,17 @@ class Batches:
     def advice(self) -> str | None:
         """One line where pages are smaller than the blocks that are read for them, as the buffer is small, and what to
         do; else None."""
-        small = [one for one in self.streams if one.order.per_epoch > 1 and one.order.page_rows < one.store.block_rows]
+        small = [one for one in self.streams if one.order.per_epoch > 1 and one.order.span < one.store.block_rows]
         if not small or not self.chosen_pages:
             return None
         worst = min(small, key=lambda one: len(one.needed))  # the smallest buffer
-        page, block = worst.order.page_rows, worst.store.block_rows
+        page, block = worst.order.span, worst.store.block_rows
         # Of both streams together, of which this one has its share.
         rows = math.ceil(ENOUGH_PAGES * MOST_PAGE_ROWS * self.batch_size / len(worst.needed))
         mib = math.ceil(2 * rows * self.row_bytes / 2**20)
         return (
-            f"rows of this size are many bytes: pages of {page} out of blocks of {block} rows read about "
-            f"{(page - 1 + block) / page:.1f} times what is used, and with --data.buffer-mib {mib} "
-            f"{(MOST_PAGE_ROWS - 1 + block) / MOST_PAGE_ROWS:.1f} times"
+            f"rows of this size are many bytes: with pages of {page} rows every block of {block} is read about "
+            f"{block / page:.1f} times an epoch, and with --data.buffer-mib {mib} once"
         )
 
     def close(self) -> None:

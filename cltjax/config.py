@@ -97,7 +97,7 @@ class DataConfig:
 
     # Below the store's blocks (up to 128 rows) most of what is read is thrown away.
     page_rows: int | None = None
-    """Neighbouring train rows read together; by default 256, halved (to 16) where a buffer holds under 32 of these."""
+    """Neighbouring rows read together, in whole blocks; by default 256, halved (to 16) if a buffer holds under 32."""
     buffer_mib: int = 512
     """Memory for the rows read ahead, in MiB: the buffer in use and the next one. The larger, the better mixed."""
 

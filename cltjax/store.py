@@ -297,6 +297,13 @@ class ActivationStore:
         """Row numbers (int64, ascending) of "train", "val" or "test"."""
         return np.flatnonzero(self.split == SPLITS.index(split))
 
+    def places(self, rows: np.ndarray) -> np.ndarray:
+        """Where rows [N] lie on the disk: row numbers, if every part ended with a whole block. Those of one block are
+        the places with one quotient by `block_rows`."""
+        whole = [-(-part.rows // self.block_rows) * self.block_rows for part in self.parts]
+        part = np.searchsorted(self.row_starts, rows, "right") - 1
+        return rows - self.row_starts[part] + np.append(0, np.cumsum(whole))[part]
+
     def axis_of(self, layers: Sequence[int]) -> list[int]:
         """Places of `layers` on axis 1 of the arrays. UserError for a layer that was not captured."""
         places = {layer: place for place, layer in enumerate(self.layers)}

@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from cltjax.allocator import keep_freed_memory, will_use_cpu
-from cltjax.batches import Batch, Batches, drawn_apart, read_ahead, row_batches, sample_rows, trained_mix
+from cltjax.batches import ROW_ORDER, Batch, Batches, drawn_apart, read_ahead, row_batches, sample_rows, trained_mix
 from cltjax.checkpoint import (
     METRICS,
     TIMING,
@@ -230,6 +230,7 @@ def train(config: TrainConfig, stop_after: int | None = None) -> Path:
             )
             check_folder(run, store.path)
             data = identity(store) | {"given_runs": pins(given), "outliers": dataclasses.asdict(rules.limits)}
+            data["row_order"] = ROW_ORDER
             data["start_run"] = pin_of_start(run, config, wiring, data)
             run.mkdir(parents=True, exist_ok=True)
             if is_main():

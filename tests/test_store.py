@@ -318,6 +318,19 @@ def test_parts_read_as_one_store(case: Case, path: Path, joined: Path) -> None:
     assert many.image_path(0) == joined / "part-1-of-3/images/0.png"
 
 
+def test_places_of_rows_are_by_block(path: Path, joined: Path) -> None:
+    """Rows with one quotient by `block_rows` are those of a block, in every part."""
+    whole, many = ActivationStore.open(path), ActivationStore.open(joined)
+    rows = np.arange(whole.rows)
+    assert whole.places(rows).tolist() == rows.tolist()
+    block = many.block_rows
+    blocks = [(number, row // block) for number, part in enumerate(many.parts) for row in range(part.rows)]
+    found = (many.places(rows) // block).tolist()
+    assert len(many.parts) == 3 and any(part.rows % block for part in many.parts)
+    assert len(set(blocks)) == len(set(found)) == len(set(zip(blocks, found, strict=True)))
+    assert (np.diff(many.places(rows)) > 0).all()
+
+
 def test_statistics_of_parts_are_those_of_the_whole(path: Path, joined: Path) -> None:
     one, many = ActivationStore.open(path).stats(), ActivationStore.open(joined).stats()
     for which in ("site", "mlp_out"):
