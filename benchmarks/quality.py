@@ -71,13 +71,8 @@ FEWEST_SLOTS = 32
 RULES = ("topk", "batchtopk", "topk_joint", "jumprelu", "relu")
 BEST = "jumprelu"  # of the rules, as found with this script
 BASELINE = "batchtopk"  # of the rules, that of the CLTs that a joint one of it is held against
-# Beside a penalty the revival has another weight, and the window of jumprelu's estimator another width: found by trial.
-# (The revival's units are h |W_dec| for all rules but topk.)
-OWN = {
-    "jumprelu": ("--sparsity.revive", "1e-4", "--sparsity.bandwidth", "0.3"),
-    "relu": ("--sparsity.revive", "1e-4"),
-}
-OTHERS = ("--sparsity.revive", "6e-5")
+# Beside a penalty another weight of the revival was best. (Its units are h |W_dec| for all rules but topk.)
+REVIVE = {"jumprelu": "1e-4", "relu": "1e-4"}
 STEPS = 1800  # alike for all, though some take less time over them: three minutes at most
 LONG_STEPS = 7000  # of the best rule: within 15 minutes
 PARTS = ("sweeps", "rules", "baselines", "frontier", "long")
@@ -96,7 +91,7 @@ class Kind:
     def trial(self, k: int, lr: float, seed: int = 0, steps: int | None = None) -> "Trial":
         options = ["--model.activation", self.rule, "--model.k", str(k), "--lr", f"{lr:g}", "--seed", str(seed)]
         options += ["--model.slots", str(max(FEWEST_SLOTS, SLOTS[self.rule] * k))]
-        options += OWN.get(self.rule, OTHERS)
+        options += ["--sparsity.revive", REVIVE.get(self.rule, "6e-5")]
         if steps is not None:
             options += ["--steps", str(steps)]
         length = "" if steps is None else "-long"
@@ -151,7 +146,8 @@ def configuration(trial: Trial) -> dict[str, Any]:
 
 
 RATES = (2e-3, 4e-3, 8e-3)
-JOINT = {rule: Kind(rule, RATES, rule) for rule in RULES}
+HIGHER = (1.6e-2,)  # for rules whose best rate was the highest of these
+JOINT = {rule: Kind(rule, RATES + HIGHER * (rule in ("topk", "topk_joint", "relu")), rule) for rule in RULES}
 PER_LAYER = Kind("per_layer", (4e-3, 8e-3, 1.6e-2), BASELINE, ("--n-targets", "1"))
 OFFSET_1 = Kind("offset_1", RATES, BASELINE, ("--offset", "1"))
 SWEPT = (JOINT[BASELINE], PER_LAYER, OFFSET_1, *(kind for kind in JOINT.values() if kind.rule != BASELINE))

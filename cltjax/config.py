@@ -61,7 +61,7 @@ class SparsityConfig:
     """Share of the steps over which the penalty rises to `penalty`, linearly."""
     threshold: float = 0.03
     """jumprelu's initial threshold."""
-    bandwidth: float = 1.0
+    bandwidth: float = 0.3
     """Width of the window around a threshold in which the straight-through estimator lets its gradient pass."""
     k_start: float = 1.0
     """Begin with so many times k active features ..."""

@@ -20,5 +20,5 @@ config = TrainConfig(
     batch_size=512,
     lr=4e-3,
     model=ModelConfig(features=1024, k=16, activation="jumprelu", slots=64),
-    sparsity=SparsityConfig(revive=1e-4, bandwidth=0.3, dead_after=20_000),
+    sparsity=SparsityConfig(revive=1e-4, dead_after=20_000),
 )

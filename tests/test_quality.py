@@ -71,7 +71,7 @@ def test_what_a_finished_run_measured_is_kept(tmp_path: Path, store: Path):
 
 def test_trials_run_part_by_part_and_only_once(tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch):
     """Each thread has its share of the cores in every part; what a run that was given up said is its result."""
-    low, middle, high = sweep("topk")
+    low, middle, high = sweep("jumprelu")
     bench, ran = Bench(store, tmp_path, 2), []
 
     def train(command: list[str], *, stdout, **_) -> subprocess.CompletedProcess:
@@ -119,9 +119,9 @@ def test_what_was_made_otherwise_is_in_the_way(tmp_path: Path, store: Path):
 
 def test_the_rate_of_a_sweep():
     """Least val FVU x sqrt(L0), of those under which few features die and that did not stop."""
-    kind = JOINT["relu"]
+    kind = JOINT["jumprelu"]
     assert best_rate(kind) == kind.rates[1]
-    low, middle, high = sweep("relu")
+    low, middle, high = sweep("jumprelu")
     keep(low, last={"val_fvu": 0.02, "l0": 16, "dead": 0.01})
     keep(middle, stopped="training has diverged. Lower --lr")
     keep(high, last={"val_fvu": 0.03, "l0": 4, "dead": 0.01})
