@@ -15,9 +15,9 @@ What it needs, computed; where disks are slower than the store's rate, they set 
     parameters  2,915,267,584: encoder 356,515,840, decoder 2,558,525,440, biases 226,304
     memory      52.9 GiB on the device
     a token     1.0 GFLOP, 340.0 KiB from the store
-    a step      2,048 tokens: 378.1 ms, at least 52.7 ms
-    the run     40,000 steps, 81,920,000 tokens: 4.2 h, at least 35.2 min
-    the store   25.9 TiB read, 1.89 GB/s at 5,417 tokens/s; 324.2 GiB per million rows
+    a step      2,048 tokens: 316.7 ms, at least 52.7 ms
+    the run     40,000 steps, 81,920,000 tokens: 3.5 h, at least 35.2 min
+    the store   25.9 TiB read, 2.25 GB/s at 6,467 tokens/s; 324.2 GiB per million rows
     checkpoint  32.6 GiB; the last and the best are kept
     assumed     400.0 TFLOP/s, 3.0 TB/s of memory,
                 3.0 TB/s in rows at random places, top-k of 46.9 Gnumbers/s

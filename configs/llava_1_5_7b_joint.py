@@ -15,9 +15,9 @@ What it needs, computed; where disks are slower than the store's rate, they set 
     parameters  18,790,875,136: encoder 1,073,741,824, decoder 17,716,740,096, biases 393,216
     memory      51.1 GiB on each of 1x8 devices
     a token     3.1 GFLOP, 512.0 KiB from the store
-    a step      4,096 tokens: 816.9 ms, at least 52.6 ms
-    the run     20,000 steps, 81,920,000 tokens: 4.5 h, at least 17.5 min
-    the store   39.1 TiB read, 2.63 GB/s at 5,014 tokens/s; 488.3 GiB per million rows
+    a step      4,096 tokens: 391.7 ms, at least 52.6 ms
+    the run     20,000 steps, 81,920,000 tokens: 2.2 h, at least 17.5 min
+    the store   39.1 TiB read, 5.48 GB/s at 10,457 tokens/s; 488.3 GiB per million rows
     checkpoint  210.0 GiB; the last and the best are kept
     assumed     400.0 TFLOP/s, 3.0 TB/s of memory,
                 3.0 TB/s in rows at random places, top-k of 46.9 Gnumbers/s, 450.0 GB/s between devices

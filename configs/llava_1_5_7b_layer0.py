@@ -12,9 +12,9 @@ No such run has been made yet. What it needs, computed; where disks are slower t
     parameters  2,281,799,680: encoder 134,217,728, decoder 2,147,483,648, biases 98,304
     memory      52.6 GiB on the device
     a token     281.3 MFLOP, 136.0 KiB from the store
-    a step      8,192 tokens: 175.6 ms, at least 42.5 ms
-    the run     20,000 steps, 163,840,000 tokens: 58.5 min, at least 14.2 min
-    the store   20.8 TiB read, 6.50 GB/s at 46,646 tokens/s; 259.4 GiB per million rows
+    a step      8,192 tokens: 149.8 ms, at least 42.5 ms
+    the run     20,000 steps, 163,840,000 tokens: 49.9 min, at least 14.2 min
+    the store   20.8 TiB read, 7.61 GB/s at 54,668 tokens/s; 259.4 GiB per million rows
     checkpoint  25.5 GiB; the last and the best are kept
     assumed     400.0 TFLOP/s, 3.0 TB/s of memory,
                 3.0 TB/s in rows at random places, top-k of 46.9 Gnumbers/s

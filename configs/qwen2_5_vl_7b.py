@@ -15,9 +15,9 @@ What it needs, computed; where disks are slower than the store's rate, they set 
     parameters  10,452,535,296: encoder 822,083,584, decoder 9,630,121,984, biases 329,728
     memory      52.8 GiB on each of 1x4 devices
     a token     2.3 GFLOP, 392.0 KiB from the store
-    a step      4,096 tokens: 583.3 ms, at least 55.3 ms
-    the run     20,000 steps, 81,920,000 tokens: 3.2 h, at least 18.4 min
-    the store   29.9 TiB read, 2.82 GB/s at 7,022 tokens/s; 373.8 GiB per million rows
+    a step      4,096 tokens: 352.2 ms, at least 55.3 ms
+    the run     20,000 steps, 81,920,000 tokens: 2.0 h, at least 18.4 min
+    the store   29.9 TiB read, 4.67 GB/s at 11,630 tokens/s; 373.8 GiB per million rows
     checkpoint  116.8 GiB; the last and the best are kept
     assumed     400.0 TFLOP/s, 3.0 TB/s of memory,
                 3.0 TB/s in rows at random places, top-k of 46.9 Gnumbers/s, 450.0 GB/s between devices
