@@ -75,15 +75,15 @@ def top_k(rank: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
 
 def whole_top_k(rank: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """`lax.top_k` as XLA does it fast on CPU: over rows of a matrix, and not fused with a slice of its result, which
-    would make it a full sort (a hundredfold slower).
+    """`lax.top_k` of float32 as XLA does it fast on CPU: over rows of a matrix, and not fused with a slice of its
+    result, which would make it a full sort (a hundredfold slower).
 
     As a call has one thread, the rows are cut in PIECES, which XLA runs beside one another. It would not if the memory
     of one piece's results served for the next one's, so all results are put together at once: an array of both.
     """
     rows = rank.reshape(-1, rank.shape[-1])
-    size = -(-len(rows) // PIECES) if jax.default_backend() == "cpu" else len(rows)
-    found = [jax.lax.top_k(rows[start : start + size], k) for start in range(0, len(rows), size)]
+    size = max(1, -(-len(rows) // PIECES) if jax.default_backend() == "cpu" else len(rows))
+    found = [jax.lax.top_k(rows[start : start + size], k) for start in range(0, max(1, len(rows)), size)]
     bits = [jax.lax.bitcast_convert_type(best, jnp.int32) for best, _ in found]
     both = jax.lax.optimization_barrier(jnp.concatenate([*bits, *(places for _, places in found)]))
     shape = (*rank.shape[:-1], k)

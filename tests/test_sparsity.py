@@ -41,3 +41,18 @@ def test_only_long_rows_go_by_runs():
     assert sorted_widths(LONG * 2, 2) == {LONG * 2 // RUN, 2 * RUN}
     assert sorted_widths(LONG * 2 - RUN, 2) == {LONG * 2 - RUN}
     assert sorted_widths(LONG * 2 + 1, 2) == {LONG * 2 + 1}  # not whole runs
+
+
+@pytest.mark.parametrize("rows", [0, 1, 15, 16, 37, 333])
+def test_pieces_are_put_together_in_order(rows: int):
+    rank = jnp.asarray(np.random.default_rng(rows).integers(0, 9, (rows, 13)).astype(np.float32))
+    best, places = jax.jit(lambda rank: top_k(rank, 5))(rank)
+    expected = jax.lax.top_k(rank, 5)
+    assert best.tolist() == expected[0].tolist() and places.tolist() == expected[1].tolist()
+
+
+def test_no_piece_waits_for_the_memory_of_another():
+    """Where only places are used, the compiler would else give the memory of a piece's numbers to the next one."""
+    program = jax.jit(lambda rank: top_k(rank, 5)[1]).lower(jnp.zeros((333, 64))).compile().as_text() or ""
+    (joined,) = (line for line in program.splitlines() if " concatenate(" in line and "s32[666,5]" in line)
+    assert joined.count("%") == 1 + 2 * sparsity.PIECES
