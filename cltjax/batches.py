@@ -62,31 +62,42 @@ class Order:
     ) -> None:
         """rows: [N] ascending row numbers; places: [N] where they lie (ActivationStore.places).
 
-        A page are those at `page_rows` neighbouring places: whole blocks of `block_rows`, which are what is read, if it
-        is no smaller than one. A buffer is whole pages, at least one, of at most `buffer_rows` together.
+        A page is those of these rows that lie in neighbouring blocks of `block_rows`, which are what is read: in
+        as many as `page_rows` hold, or in a part of one block. A buffer is whole pages, at least one, of at most
+        `buffer_rows` rows together.
         """
-        self.rows, self.on_disk, self.seed = rows, places, seed
-        self.span = page_rows // block_rows * block_rows or page_rows
-        self.shifts = range(0, self.span, block_rows) if self.span >= block_rows else range(1)
-        self.per_epoch = 1
-        if len(rows) > buffer_rows:
-            most = max(len(self._pages(shift)) for shift in self.shifts)
-            self.per_epoch = -(-most // max(1, buffer_rows // self.span))
+        self.rows, self.seed = rows, seed
+        self.blocks = page_rows // block_rows  # of a page
+        self.pieces = -(-block_rows // page_rows)  # pages of a block
+        most = max(1, self.blocks) * -(-block_rows // self.pieces)  # rows of a page
+        block, place = np.divmod(places, block_rows)
+        part = block * self.pieces + place * self.pieces // block_rows
+        self.first_rows = np.append(0, np.flatnonzero(np.diff(part)) + 1)  # of each block, or part of one, with rows
+        self.parts = part[self.first_rows]
+        self.single = False  # a page is a buffer
+        if len(rows) <= buffer_rows:
+            self.per_epoch = 1
+        elif buffer_rows >= 2 * most:
+            self.per_epoch = -(-len(rows) // (buffer_rows - most))
+        else:
+            extent = int(self.parts[-1] - self.parts[0])
+            self.single, self.per_epoch = True, min(len(self.parts), extent // max(1, self.blocks) + 2)
         self.layout = lru_cache(maxsize=3)(self._layout)  # of the epochs around
-
-    def _pages(self, shift: int) -> np.ndarray:
-        """Where pages begin among the rows."""
-        return np.append(0, np.flatnonzero(np.diff((self.on_disk + shift) // self.span)) + 1)
 
     def _layout(self, epoch: int) -> Layout:
         """Pages begin at other blocks in every epoch where they are several blocks long."""
         rng = np.random.default_rng([self.seed, epoch])
-        starts = self._pages(int(rng.choice(self.shifts)))
+        page = (self.parts + rng.integers(self.blocks)) // self.blocks if self.blocks else self.parts
+        starts = self.first_rows[np.append(0, np.flatnonzero(np.diff(page)) + 1)]
         visit = rng.permutation(len(starts))
         sizes = np.diff(starts, append=len(self.rows))[visit]
+        before = np.append(0, np.cumsum(sizes))
         # As equal as whole pages allow: while a small one is used up, a large one would not be read in time.
-        cuts = np.arange(self.per_epoch + 1) * len(starts) // self.per_epoch
-        return Layout(starts[visit], sizes, cuts, np.append(0, np.cumsum(sizes))[cuts])
+        if self.single:
+            cuts = np.minimum(np.arange(self.per_epoch + 1), len(starts))
+        else:
+            cuts = np.searchsorted(before, np.arange(self.per_epoch + 1) * len(self.rows) / self.per_epoch)
+        return Layout(starts[visit], sizes, cuts, before[cuts])
 
     def buffer(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Buffer `number`, counted through all epochs: its rows, ascending, and the order to visit them in."""
@@ -242,17 +253,17 @@ class Batches:
     def advice(self) -> str | None:
         """One line where pages are smaller than the blocks that are read for them, as the buffer is small, and what to
         do; else None."""
-        small = [one for one in self.streams if one.order.per_epoch > 1 and one.order.span < one.store.block_rows]
+        small = [one for one in self.streams if one.order.per_epoch > 1 and one.order.pieces > 1]
         if not small or not self.chosen_pages:
             return None
         worst = min(small, key=lambda one: len(one.needed))  # the smallest buffer
-        page, block = worst.order.span, worst.store.block_rows
+        block = worst.store.block_rows
         # Of both streams together, of which this one has its share.
-        rows = math.ceil(ENOUGH_PAGES * MOST_PAGE_ROWS * self.batch_size / len(worst.needed))
+        rows = math.ceil(least_buffer(block) * self.batch_size / len(worst.needed))
         mib = math.ceil(2 * rows * self.row_bytes / 2**20)
         return (
-            f"rows of this size are many bytes: with pages of {page} rows every block of {block} is read about "
-            f"{block / page:.1f} times an epoch, and with --data.buffer-mib {mib} once"
+            f"rows of this size are many bytes: a page is 1/{worst.order.pieces} of a block of {block} rows, which is "
+            f"read as often in an epoch; --data.buffer-mib {mib} makes pages of whole blocks"
         )
 
     def close(self) -> None:
@@ -328,6 +339,14 @@ def page_size(buffer_rows: int) -> int:
     while rows > FEWEST_PAGE_ROWS and buffer_rows < ENOUGH_PAGES * rows:
         rows //= 2
     return rows
+
+
+def least_buffer(page_rows: int) -> int:
+    """Rows of the smallest buffer with pages of so many rows, or more."""
+    rows = FEWEST_PAGE_ROWS
+    while rows < min(page_rows, MOST_PAGE_ROWS):
+        rows *= 2
+    return ENOUGH_PAGES * rows
 
 
 def other_seed(seed: int, number: int) -> int:

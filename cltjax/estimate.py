@@ -271,7 +271,7 @@ def parts(z: Sizes, config: TrainConfig, own: int, by_row: bool) -> tuple[Part, 
 
     # Bytes of going once through a float32 for each number of these rows, a few slots a turn: a loop goes through the
     # slots of other devices' features too.
-    turns = WEIGHT * slots // UNROLL
+    turns = WEIGHT * slots // z.C * -(-z.C // UNROLL)
 
     def part(
         name: str, flops: int, once: int, streamed: int | None = None, gathered: int = 0, selected: int = 0

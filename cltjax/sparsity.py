@@ -75,8 +75,8 @@ def top_k(rank: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
 
 def whole_top_k(rank: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """`lax.top_k` of float32 as XLA does it fast on CPU: over rows of a matrix, and not fused with a slice of its
-    result, which would make it a full sort (a hundredfold slower).
+    """`lax.top_k` of float32, without a gradient, as XLA does it fast on CPU: over rows of a matrix, and not fused with
+    a slice of its result, which would make it a full sort (a hundredfold slower).
 
     As a call has one thread, the rows are cut in PIECES, which XLA runs beside one another. It would not if the memory
     of one piece's results served for the next one's, so all results are put together at once: an array of both.

@@ -30,6 +30,7 @@ from cltjax.checkpoint import (
     claim,
     identity,
     last_step,
+    read_config,
     whole_lines,
     without_paths,
 )
@@ -230,12 +231,13 @@ def train(config: TrainConfig, stop_after: int | None = None) -> Path:
             )
             check_folder(run, store.path)
             data = identity(store) | {"given_runs": pins(given), "outliers": dataclasses.asdict(rules.limits)}
-            data["row_order"] = ROW_ORDER
             data["start_run"] = pin_of_start(run, config, wiring, data)
             run.mkdir(parents=True, exist_ok=True)
             if is_main():
                 opened.enter_context(closing(Lock(run, "another train.py")))
         last = last_step(run)
+        with together():
+            data["row_order"] = row_order(run, store, last, config.steps)
         agree("another store or checkpoint", [without_paths(data), last])
         claim(run, as_json(config), data, resumable=last is not None)
         measured = config.log.val_rows > 0 and len(rules.rows("val")) > 0
@@ -263,6 +265,23 @@ def train(config: TrainConfig, stop_after: int | None = None) -> Path:
         loop.started = started
         loop.run(state, last or 0, stop_after)
     return run
+
+
+def row_order(run: Path, store: ActivationStore, last: int | None, steps: int) -> dict[str, int]:
+    """What the order of rows depends on beside seed and options, to be recorded. UserError where the run was begun by
+    a version that had another order, and is not done."""
+    found = {"rule": ROW_ORDER, "block_rows": store.block_rows}
+    if last is None:
+        return found
+    begun = read_config(run)["data"].get("row_order")
+    if last == steps:
+        return begun  # no more are taken
+    if begun is None:
+        raise UserError(
+            f"{run} was begun by an earlier version, which took rows in another order: it can be measured and "
+            "exported but does not go on; name another --out"
+        )
+    return found
 
 
 def first_state(

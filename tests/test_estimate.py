@@ -125,8 +125,8 @@ def test_traffic_of_a_step():
         encode = x + 4 * encoder + 4 * S * n * F
         assert part(one, "encode") == Part("encode", n * 2 * S * F * D, encode, encode)
         assert part(one, "select") == Part("select", 0, 4 * S * n * F, 4 * S * n * F, selected=S * n * F)
-        # The loop over slots reads and writes its sum for every eight of them.
-        streamed = y + y_hat + (4 + 4) * active // 8
+        # The loop over slots reads and writes its sum for every eight of them: here once.
+        streamed = y + y_hat + (4 + 4) * active // K
         assert part(one, "decode") == Part("decode", 2 * active, y + y_hat + 4 * decoder, streamed, 4 * active)
         assert part(one, "optimiser") == Part("optimiser", 19 * own, 32 * own, 32 * own)
     backward = "decode backward", 4 * active, y_hat + 8 * decoder
@@ -134,7 +134,7 @@ def test_traffic_of_a_step():
     assert part(by_row, "decode backward") == Part(*backward, y_hat + 4 * decoder, (4 + 4) * active)
     # In a loop: a decoder's row read, a gradient's read and written; errors in their order, every time for the weights'
     # gradient and once in eight slots for the values'.
-    streamed = y_hat + 4 * decoder + 4 * active + 4 * active // 8
+    streamed = y_hat + 4 * decoder + 4 * active + 4 * active // K
     assert part(found, "decode backward") == Part(*backward, streamed, (4 + 8) * active)
     backward = "encode backward", n * 2 * S * K * D, x + 4 * encoder
     assert part(by_row, "encode backward") == Part(*backward, x + 4 * encoder, 4 * of_encoder)

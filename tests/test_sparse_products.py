@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from cltjax import sparse_products
 from cltjax.sparse_products import by_feature, gather_dot, gather_sum, scatter_sum
 
-n, C, F, shape = 19, 3, 11, (2, 5)  # tokens: more than are handled at once, and not a multiple
+n, C, F, shape = 19, 3, 11, (2, 19)  # 38 = 2 TERMS + 6
 
 
 def case(seed: int = 0) -> tuple[np.ndarray, ...]:
-    """table [F, 2, 5], rows [n, 2, 5], values, indices [n, C]; the last token has one feature only."""
+    """table [F, 2, 19], rows [n, 2, 19], values, indices [n, C]; the last token has one feature only."""
     rng = np.random.default_rng(seed)
     indices = np.stack([rng.choice(F - 1, C, replace=False) for _ in range(n)]).astype(np.int32)
     values = rng.normal(size=(n, C)).astype(np.float32)
@@ -26,6 +26,7 @@ def case(seed: int = 0) -> tuple[np.ndarray, ...]:
 @pytest.fixture(params=["loop", "by row"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(sparse_products, "by_row", lambda: request.param == "by row")
+    monkeypatch.setattr(sparse_products, "TOKENS", 7)  # several turns, and a part of one
     return request.param
 
 

@@ -543,6 +543,30 @@ def test_a_folder_of_something_else_is_not_touched(store: ActivationStore, tmp_p
     assert (empty / "config.json").is_file()
 
 
+def test_a_run_of_the_older_row_order(store: ActivationStore, tmp_path: Path):
+    """It is refused where it would go on, and no longer where it is done; so is one whose blocks are other ones."""
+    run = tmp_path / "run"
+
+    def record(row_order: dict | None) -> None:
+        path = run / "config.json"
+        whole = json.loads(path.read_text())
+        data = {name: value for name, value in whole["data"].items() if name != "row_order"}
+        path.write_text(json.dumps(whole | {"data": data | ({"row_order": row_order} if row_order else {})}))
+
+    train(small(store, run), stop_after=3)
+    mine = json.loads((run / "config.json").read_text())["data"]["row_order"]
+    record(None)
+    with pytest.raises(UserError, match="begun by an earlier version, which took rows in another order"):
+        train(small(store, run))
+    record(mine | {"block_rows": 1})
+    with pytest.raises(UserError, match=f"row_order.block_rows: 1 -> {store.block_rows}"):
+        train(small(store, run))
+    record(mine)
+    train(small(store, run))
+    record(None)
+    train(small(store, run))
+
+
 def test_one_validation_row_is_enough(store: ActivationStore, tmp_path: Path):
     """The first of the split is a special token, which is left out."""
     train(small(store, tmp_path / "run", log=LogConfig(val_rows=1)))
