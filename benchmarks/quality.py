@@ -6,16 +6,17 @@
     python -m benchmarks.quality ... --parts baselines rules       some of it
 
 Every trial is a `train.py` command on top of configs/demo_joint.py, printed as it starts; what rules differ in is said
-in the command. What it measured is kept as
-a file of benchmarks/results/quality/, with the machine and the commit, so that this can be done in several sittings: a
-trial that has a file is not run again, one that was broken off goes on, and one that the recipe or this script would
-now make otherwise has to be deleted first. Jobs have an equal share of the cores each.
+in the command. What it measured is kept as a file of benchmarks/results/quality/, with the machine and the commit, so
+that this can be done in several sittings: a trial that has a file is not run again, one that was broken off goes on,
+and one that the recipe or this script would now make otherwise has to be deleted first. Jobs have an equal share of the
+cores each.
 
 Each kind of CLT has the best learning rate of its own sweep: whole runs (short ones favour rates that are too high),
 compared by their last FVU on val rows times sqrt(L0), which along a rule's frontier is about constant. (Not by that of
 training batches: topk_joint is trained by rank and used with thresholds, and what is best at the one is not at the
 other.) A rate at which more than MOST_DEAD of the features die is not chosen. The baselines (one target a source,
-offset 1, sources alone) have the rule that is best, which is BEST. Figures in the table are of test rows.
+offset 1, sources alone) have batchtopk, and are to be held against the joint CLT of that rule. Figures in the table are
+of test rows.
 """
 
 import argparse
@@ -73,7 +74,7 @@ BEST = "jumprelu"  # of the rules, as found with this script
 BASELINE = "batchtopk"  # of the rules, that of the CLTs that a joint one of it is held against
 # Beside a penalty another weight of the revival was best. (Its units are h |W_dec| for all rules but topk.)
 REVIVE = {"jumprelu": "1e-4", "relu": "1e-4"}
-STEPS = 1800  # alike for all, though some take less time over them: three minutes at most
+STEPS = 1800  # alike for all, though some take less time over them: three minutes of two idle cores at most
 LONG_STEPS = 7000  # of the best rule: within 15 minutes
 PARTS = ("sweeps", "rules", "baselines", "frontier", "long")
 

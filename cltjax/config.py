@@ -95,9 +95,9 @@ class TokensConfig:
 class DataConfig:
     """How training rows are drawn: pages of neighbouring rows in random order, shuffled within a buffer of pages."""
 
-    # Below the store's blocks (up to 128 rows) most of what is read is thrown away.
+    # Below the store's blocks (up to 128 rows) a page is a part of one, which is then read for each of its pages.
     page_rows: int | None = None
-    """Neighbouring rows read together, in whole blocks; by default 256, halved (to 16) if a buffer holds under 32."""
+    """Rows of the blocks read together, if they hold any; by default 256, halved (to 16) if a buffer holds under 32."""
     buffer_mib: int = 512
     """Memory for the rows read ahead, in MiB: the buffer in use and the next one. The larger, the better mixed."""
 

@@ -1,8 +1,9 @@
 """The state of training and the one step that advances it: pure functions, compiled once, split over a device mesh.
 
-Parameters of features are split over the mesh's `model` axis, tokens over `data`. Forward and backward run inside
-`jax.shard_map`, so that what crosses devices is what is written here: the candidates' ranks, one sum of y_hat, counts,
-and one sum of each gradient over `data` (tests/test_sharding.py reads it off the compiled program).
+Parameters of features are split over the mesh's `model` axis, tokens over `data`. Where devices are several, forward
+and backward run inside `jax.shard_map`, so that what crosses them is what is written here: the candidates' ranks, one
+sum of y_hat, counts, and one sum of each gradient over `data` (tests/test_sharding.py reads it off the compiled
+program).
 """
 
 import math
@@ -297,7 +298,7 @@ def make_gradients(
         return loss, (figures, fired)
 
     def local(state: TrainState, x: jax.Array, y: jax.Array, arrays: Sequence[nnx.State]):
-        """Inside shard_map: gradients of this shard's tokens, added up over microbatches and then over `data`."""
+        """Gradients of this shard's tokens, added up over microbatches and then over `data`."""
         differing = jax.tree.map(lambda leaf: varying_like(leaf, x), state.parameters)
 
         def one(x: jax.Array, y: jax.Array):

@@ -5,8 +5,9 @@
     python train.py --config configs/gemma_3_4b.py --store activations
     python evaluate.py --clt runs/L0-33 --store activations
 
-No such run has been made yet. The rule, batchtopk with room for 2 k features of a token, and the weight of `revive`
-were chosen on the demo VLM (configs/demo_joint.py); nothing has been compared at this size.
+No such run has been made yet. The rule, batchtopk with room for 2 k features of a token, is the best but
+one on the demo VLM, where the weight of `revive` was chosen too (docs/training.md): the best, jumprelu, needs twice the
+room, and its penalty is slow to settle at a low rate. Nothing has been compared at this size.
 
 What it needs, computed; where disks are slower than the store's rate, they set the time:
 
