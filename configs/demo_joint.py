@@ -4,7 +4,9 @@
     python train.py --config configs/demo_joint.py
     python evaluate.py --clt runs/L0-5 --store activations
 
-FIGURES
+921,600 tokens, 175 s of training on two idle cores of an Intel Xeon, 207 s with start-up, validation and measuring. On
+105,107 test rows: mean FVU .0127 (text .022, image .010), worst target .0231; slopes .999 to 1.002; L0 14.6 a source;
+1.5 % dead.
 
 Of all rules jumprelu reconstructs best (docs/training.md). Its penalty is steered until 16 features of a token and
 source are active on average. Many more are at first, and on some tokens at the end: hence 64 slots, from which most of
