@@ -224,8 +224,9 @@ def memory(z: Sizes, config: TrainConfig, own: int) -> dict[str, int]:
     # Of size [S, b, F]: x W_enc and its sum with b_enc, then pre-activations and ranks; AuxK's.
     dense = 2 + 2 * bool(config.sparsity.auxk)
     pre = dense * WEIGHT * S * b * z.F // M
-    # XLA keeps one of its decoder gradients twice, before and after a mean over microbatches.
-    gradients = WEIGHT * (own + z.most * z.F * D // M)
+    # XLA keeps one of its decoder gradients twice where they are summed: before and after.
+    summed = z.data * M > 1 or z.microbatches > 1
+    gradients = WEIGHT * (own + summed * z.most * z.F * D // M)
     gathered = WEIGHT * S * b * M * min(C, z.F // M) if M > 1 else 0
     found = {
         "weights": WEIGHT * own,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from cltjax.config import TrainConfig
 from cltjax.estimate import WEIGHT, ModelShape, Rates, Sizes, sizes
-from cltjax.sparse_products import by_row, gather_dot, scatter_sum
+from cltjax.sparse_products import by_row, gather_dot, gather_sum, scatter_sum
 from cltjax.sparsity import top_k
 from cltjax.wiring import wire
 
@@ -60,7 +60,7 @@ def stream_rate() -> float:
 
 
 def gather_rate(z: Sizes, dtype: str) -> float:
-    """Bytes/s of the rows that the decoder's gradients go through: rows of features read, and added to.
+    """Bytes/s of the rows that decoding and its gradients go through: rows of features read, and added to.
 
     The table is the run's or a part of it; each of its rows is met four times, so that the rest hardly counts.
     """
@@ -75,11 +75,12 @@ def gather_rate(z: Sizes, dtype: str) -> float:
     rows, values = jnp.ones((n, M)), jnp.ones((n, C))
     products = jax.jit(
         lambda table, rows, values, indices: (
+            gather_sum(table, values, indices),
             scatter_sum(values, indices, rows, F),
             gather_dot(table, rows, indices),
         )
     )
-    met = n * C * M * (table.dtype.itemsize + (1 if by_row() else 2) * WEIGHT)
+    met = n * C * M * (2 * table.dtype.itemsize + (1 if by_row() else 2) * WEIGHT)
     return met / median_seconds(lambda: products(table, rows, values, indices), times=4)
 
 

@@ -14,7 +14,7 @@ What it needs, computed; where disks are slower than the store's rate, they set 
     cltjax estimate --config configs/gemma_3_4b.py
     model       sources 0-33 -> targets 0-33, F=4096, 32 slots
     parameters  2,915,267,584: encoder 356,515,840, decoder 2,558,525,440, biases 226,304
-    memory      52.9 GiB on the device
+    memory      52.5 GiB on the device
     a token     1.0 GFLOP, 340.0 KiB from the store
     a step      2,048 tokens: 316.7 ms, at least 52.7 ms
     the run     40,000 steps, 81,920,000 tokens: 3.5 h, at least 35.2 min

@@ -10,7 +10,7 @@ No such run has been made yet. What it needs, computed; where disks are slower t
     cltjax estimate --config configs/llava_1_5_7b_layer0.py
     model       sources 0 -> targets 1-16, F=32768, 32 slots
     parameters  2,281,799,680: encoder 134,217,728, decoder 2,147,483,648, biases 98,304
-    memory      52.6 GiB on the device
+    memory      44.6 GiB on the device
     a token     281.3 MFLOP, 136.0 KiB from the store
     a step      8,192 tokens: 149.8 ms, at least 42.5 ms
     the run     20,000 steps, 163,840,000 tokens: 49.9 min, at least 14.2 min

@@ -97,7 +97,7 @@ def test_memory_of_one_device():
         "y normalised, y_hat": 2 * 4 * 30 * T * D,
         "counters, constants": 8 * S * F + 4 * ((S + T) * D + 2 * S + T),
     }
-    gradients = 4 * own + 4 * 2 * F * D  # one source's twice
+    gradients = 4 * own  # on several devices, one source's twice
     assert cost(batch_size=3).memory["pre-activations, then gradients"] == gradients < 2 * 4 * S * 30 * F
 
 
@@ -190,13 +190,13 @@ def test_measured_rates_are_the_times_of_what_is_counted(way: str, monkeypatch: 
     monkeypatch.setattr(cltjax.rates, "TOP_K_NUMBERS", 500)
     monkeypatch.setattr(cltjax.rates, "PRODUCT", {"cpu": 11})
     found = cltjax.rates.measure(CONFIG, SHAPE, link=17.0)
-    product, stream, (gradient, dots), (best, _) = taken
+    product, stream, (decoded, gradient, dots), (best, _) = taken
     row = D * PAIRS // S
     n = 4 * F // K
-    assert gradient.shape == (F, row) and dots.shape == (n, K)
+    assert decoded.shape == (n, row) and gradient.shape == (F, row) and dots.shape == (n, K)
     assert best.shape == (500 // F, K)
     assert (product.shape, stream.shape) == ((11, 11), (1000,))
-    gathered = n * K * row * (4 + (4 if way == "by row" else 8))
+    gathered = n * K * row * (4 + 4 + (4 if way == "by row" else 8))
     expected = Rates(11**3, 4 * 1000, gathered / 2, 500 // F * F / 2, 17.0, way == "by row")
     assert found == expected
 
