@@ -433,6 +433,11 @@ def plot_frontier(there: Sequence[tuple[Row, list[dict[str, Any]]]], path: Path)
     axes.set(
         xlabel="active features a token and source (L0)", ylabel="FVU, mean over targets", xscale="log", yscale="log"
     )
+    axes.set_xticks(KS, map(str, KS))
+    axes.xaxis.set_minor_formatter("")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.tick_params("y", which="both", labelsize=7)
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path)
 
