@@ -267,7 +267,7 @@ def train(config: TrainConfig, stop_after: int | None = None) -> Path:
     return run
 
 
-def row_order(run: Path, store: ActivationStore, last: int | None, steps: int) -> dict[str, int]:
+def row_order(run: Path, store: ActivationStore, last: int | None, steps: int) -> dict[str, int] | None:
     """What the order of rows depends on beside seed and options, to be recorded. UserError where the run was begun by
     a version that had another order, and is not done."""
     found = {"rule": ROW_ORDER, "block_rows": store.block_rows}
