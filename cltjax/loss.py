@@ -21,14 +21,30 @@ from cltjax.config import FEW_DEAD, SparsityConfig
 from cltjax.encode import pre_activations
 from cltjax.sparsity import RANKED_BY_NORM, candidates, jumprelu, training_cut
 
-# Where the penalty is steered: its first weight. A source with r times as many active features as it is to have gets
-# r ** PROPORTIONAL times a weight whose logarithm grows by INTEGRAL x lr x log r a step: lr is how fast Adam's weights,
-# and so L0, follow. What is needed falls tenfold in the course of a run; an integral alone follows so late that half of
-# jumprelu's features are dead by then, and L0, which does not come up again by a lower weight, is a third of k.
-FIRST_PENALTY = {"jumprelu": 1e-5, "relu": 1e-4}
+# Where the penalty is steered: a source with r times as many active features as it is to have gets r ** PROPORTIONAL
+# times a weight whose logarithm grows by INTEGRAL x lr x log r a step: lr is how fast Adam's weights, and so L0,
+# follow. What is needed falls tenfold in the course of a run; an integral alone follows so late that half of jumprelu's
+# features are dead by then, and L0 is a third of k.
 INTEGRAL, PROPORTIONAL = 2.5, 6.0
 MOST_EXCESS = 0.7  # log r is taken for this at most, in size: else the weight is far too large once L0 has followed
-LEAST_PENALTY, MOST_PENALTY = 1e-8, 1e2
+MOST_PENALTY = 1e2
+
+
+class Steering(NamedTuple):
+    """`first`: the weight with which a rule's penalty begins, as for log r = MOST_EXCESS. `least`: the smallest.
+    `unit`: in size below this it grows by what is added to it, and not by factors, and so through 0.
+
+    Under jumprelu a weight below 0 brings thresholds down. Reconstruction alone does not where the learning rate makes
+    pre-activations noisy: without it L0 went from 16 to 10 at 8e-3, while the weight fell to 0 (docs/training.md).
+    L1 with a weight below 0 would have no bound.
+    """
+
+    first: float
+    least: float
+    unit: float
+
+
+STEERING = {"jumprelu": Steering(6.7e-4, -1e-2, 1e-4), "relu": Steering(6.7e-3, 1e-8, 1e-8)}
 
 
 class Active(NamedTuple):
@@ -91,8 +107,10 @@ def revival(clt: CLT, normal: jax.Array, active: Active, dead: jax.Array, losses
     .4 in the middle of a run, and FVU from .035 to .14 (benchmarks/quality.py). What has a large loss is where another
     feature is of use, as in the resampling of Bricken et al. 2023.
 
-    The gradient goes through the pre-activations of normalised inputs [B, S, D] alone. Dead features are few as a rule:
-    then only theirs are computed again, and a dense backward pass of the encoder is not needed.
+    The gradient goes to encoders, by way of the pre-activations of normalised inputs [B, S, D], and to jumprelu's
+    thresholds. Were these to stay where they were when their features died, each that came back would at once write
+    as much as its threshold says: at 8e-3 that took FVU from .035 to .3 (docs/training.md). Dead features are few as a
+    rule: then only theirs are computed again, and a dense backward pass of the encoder is not needed.
     """
     tokens = losses.size * shards(axes.data)
     share = tokens * losses / jnp.maximum(total(losses.sum(), axes.data), TINY)
@@ -101,7 +119,7 @@ def revival(clt: CLT, normal: jax.Array, active: Active, dead: jax.Array, losses
     tables = {
         "W_enc": clt.W_enc[...],
         "b_enc": clt.b_enc[...],
-        "threshold": jax.lax.stop_gradient(clt.thresholds()) if clt.activation == "jumprelu" else none,
+        "threshold": clt.thresholds() if clt.activation == "jumprelu" else none,
         "scale": none + 1 if clt.activation == "topk" else norms,
     }
     # Whether a feature is short of the cut is seen by the ranks that the cut was taken from: another product has
@@ -149,15 +167,17 @@ class SteeredPenalty(NamedTuple):
 
 def first_penalty(activation: str, sources: int) -> SteeredPenalty:
     """Before the first step."""
-    return SteeredPenalty(jnp.full(sources, FIRST_PENALTY[activation]), jnp.zeros(sources))
+    return SteeredPenalty(jnp.full(sources, STEERING[activation].first), jnp.full(sources, MOST_EXCESS))
 
 
-def steer(before: SteeredPenalty, l0: jax.Array, k: jax.Array, lr: jax.Array) -> SteeredPenalty:
+def steer(activation: str, before: SteeredPenalty, l0: jax.Array, k: jax.Array, lr: jax.Array) -> SteeredPenalty:
     """Weights for the next step, from active features a token in this one, `l0` [S], and those wanted, `k` [S]."""
+    _, least, unit = STEERING[activation]
     excess = jnp.log(jnp.maximum(l0, jnp.finfo(jnp.float32).tiny)) - jnp.log(k)
     excess = jnp.clip(excess, -MOST_EXCESS, MOST_EXCESS)
     change = INTEGRAL * lr * excess + PROPORTIONAL * (excess - before.excess)
-    return SteeredPenalty(jnp.clip(before.weight * jnp.exp(change), LEAST_PENALTY, MOST_PENALTY), excess)
+    weight = unit * jnp.sinh(jnp.arcsinh(before.weight / unit) + change)
+    return SteeredPenalty(jnp.clip(weight, least, MOST_PENALTY), excess)
 
 
 def k_at(ks: tuple[int, ...], features: int, sparsity: SparsityConfig, steps: int, step: jax.Array) -> jax.Array:

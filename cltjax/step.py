@@ -359,7 +359,8 @@ def make_step(
         steered = state.penalty
         if steered is not None:
             figures["penalty"] = steered.weight
-            steered = steer(steered, figures.pop("above"), wanted(state.step), rate(state.step))
+            above, k = figures.pop("above"), wanted(state.step)
+            steered = steer(config.model.activation, steered, above, k, rate(state.step))
         advanced = TrainState(parameters, state.constants, moments, silent, density, state.step + 1, steered)  # type: ignore[arg-type]
         keep = jax.tree.map(jax.lax.with_sharding_constraint, advanced, shardings(advanced, mesh))
         return keep, figures

@@ -279,7 +279,7 @@ def _microbatch(
     to_y_hat = -2 * weight[:, None] * e / (B * D)
     to_W_dec, to_codes = decode_backward(to_y_hat, W_dec, codes, wiring)
 
-    # The penalty on aN, to a and to N; and how far below being kept each feature is (without gradient but through h)
+    # The penalty on aN, to a and to N; and how far below being kept each feature is (without gradient to N)
     to_aN = np.zeros_like(codes)
     if rule.activation == "jumprelu":
         squashed = np.tanh(sparsity.scale * codes * N)
@@ -327,7 +327,8 @@ def _microbatch(
         "b_dec": to_y_hat.sum(0),
     }
     if by_log_threshold is not None:
-        gradients["log_threshold"] = np.sum(to_codes * by_log_threshold, 1)
+        higher = sparsity.revive * pushed * N * np.exp(parameters["log_threshold"])[:, None] * part
+        gradients["log_threshold"] = np.sum(to_codes * by_log_threshold + higher, 1)
 
     total = np.sum(weight * reconstruction) + penalties @ penalty + sparsity.revive * revive
     if sparsity.auxk:

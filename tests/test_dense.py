@@ -110,7 +110,8 @@ def test_gradients_are_finite_differences(activation):
 
 
 @pytest.mark.parametrize("activation", RULES)
-def test_revival_pushes_h_of_dead_features_only(activation):
+def test_revival_pushes_dead_features_only(activation):
+    """Their h, and jumprelu's thresholds."""
     of = parameters, x, y, silent, wiring = case(activation)
     config = settings(activation, penalty=0.0, revive=0.7)
     _, parts, gradients = dense.loss_and_gradients(parameters, x, y, silent, STEP, config, wiring)
@@ -132,7 +133,10 @@ def test_revival_pushes_h_of_dead_features_only(activation):
     to_h = np.where(pushed, slope * part, 0)
     np.testing.assert_allclose(alone["b_enc"], to_h.sum(1), atol=1e-12)
     np.testing.assert_allclose(alone["W_enc"], np.einsum("sbf,bsd->sfd", to_h, x), atol=1e-12)
-    others = {name: alone[name] for name in alone.keys() - {"W_enc", "b_enc"}}
+    if activation == "jumprelu":
+        np.testing.assert_allclose(alone["log_threshold"], -(to_h * theta).sum(1), atol=1e-12)
+        assert np.abs(alone["log_threshold"][silent == DEAD]).max() > 0.01
+    others = {name: alone[name] for name in alone.keys() - {"W_enc", "b_enc", "log_threshold"}}
     assert all(np.abs(leaf).max() < 1e-14 for leaf in jax.tree.leaves(others))
     assert np.abs(alone["b_enc"][silent == DEAD]).max() > 0.01
     if activation in ("topk", "relu", "jumprelu"):  # with these nothing else moves where dead features are moved

@@ -20,7 +20,7 @@ from cltjax.config import EvaluateConfig, LogConfig, ModelConfig, SparsityConfig
 from cltjax.distributed import make_mesh
 from cltjax.errors import UserError
 from cltjax.evaluation import evaluate, ridge_bytes, train_and_measure
-from cltjax.loss import FIRST_PENALTY
+from cltjax.loss import STEERING
 from cltjax.metrics import mean_fvu, measure
 from cltjax.normalisation import blank
 from cltjax.ridge import fit_ridge, sum_moments
@@ -280,7 +280,7 @@ def test_fine_tuning_goes_on_with_the_penalty_that_was_steered(store: Activation
     train(small(store, tmp_path / "again", start_from=tmp_path / "first", steps=2, sparsity=sparsity, **settings))
     before = load(tmp_path / "first").penalty
     first = read_lines(tmp_path / "again" / "metrics.jsonl")[0]
-    assert before is not None and (np.asarray(before.weight) != FIRST_PENALTY["relu"]).all()
+    assert before is not None and (np.asarray(before.weight) != STEERING["relu"].first).all()
     if penalty is None:
         assert first["penalty_by_source"] == np.asarray(before.weight).tolist()
     else:

@@ -1,6 +1,7 @@
 """The training step on one device against the dense float64 reference, and what surrounds the gradients."""
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -17,10 +18,10 @@ import dense
 from cltjax.config import ModelConfig, SparsityConfig, TrainConfig, slots_of
 from cltjax.loss import (
     INTEGRAL,
-    LEAST_PENALTY,
     MOST_EXCESS,
     MOST_PENALTY,
     PROPORTIONAL,
+    STEERING,
     SteeredPenalty,
     first_penalty,
     steer,
@@ -240,19 +241,45 @@ def test_the_penalty_follows_k():
     np.testing.assert_allclose(found.weight, before.weight * np.exp(change), rtol=1e-5)
 
 
-def test_a_steered_penalty_stays_within_bounds_and_comes_back():
+@pytest.mark.parametrize("activation", ["jumprelu", "relu"])
+def test_a_steered_penalty_stays_within_bounds_and_comes_back(activation: str):
     """Whatever goes on for long: no active feature at all, or more than any penalty could put out."""
+    first, least, unit = STEERING[activation]
 
     @jax.jit
     def many_steps(weight: SteeredPenalty, l0: jax.Array, k: jax.Array) -> SteeredPenalty:
-        return jax.lax.fori_loop(0, 20_000, lambda _, state: steer(state, l0, k, jnp.array(0.004)), weight)
+        return jax.lax.fori_loop(0, 20_000, lambda _, state: steer(activation, state, l0, k, jnp.array(0.004)), weight)
 
-    k, weight = jnp.array([16.0]), first_penalty("jumprelu", 1)
-    for l0, bound in ((0.0, LEAST_PENALTY), (1000.0, MOST_PENALTY), (0.0, LEAST_PENALTY)):
+    k, weight = jnp.array([16.0]), first_penalty(activation, 1)
+    assert float(weight.weight[0]) == pytest.approx(first)
+    for l0, bound in ((0.0, least), (1000.0, MOST_PENALTY), (0.0, least)):
         weight = many_steps(weight, l0 * k, k)
         assert float(weight.weight[0]) == pytest.approx(bound)
-    again = steer(weight, k, k, 0.0)  # type: ignore[arg-type]
-    assert float(again.weight[0]) == pytest.approx(LEAST_PENALTY * np.exp(PROPORTIONAL * MOST_EXCESS), rel=1e-5)
+    again = steer(activation, weight, k, k, 0.0)  # type: ignore[arg-type]
+    back = unit * np.sinh(np.arcsinh(least / unit) + PROPORTIONAL * MOST_EXCESS)
+    assert float(again.weight[0]) == pytest.approx(back, rel=1e-5) and back > least
+
+
+def test_a_steered_penalty_draws_when_too_few_are_active():
+    """Under jumprelu it goes through 0, by factors on both sides and by what is added in between; under relu it does
+    not."""
+    k, few = jnp.array([16.0]), jnp.array([12.0])
+    step = INTEGRAL * 0.004 * np.log(12 / 16)
+
+    def weights(activation: str, steps: int) -> list[float]:
+        found = [first_penalty(activation, 1)._replace(excess=jnp.log(few / k))]
+        for _ in range(steps):
+            found.append(steer(activation, found[-1], few, k, jnp.array(0.004)))
+        return [float(one.weight[0]) for one in found]
+
+    found = weights("jumprelu", 3000)
+    assert found[0] > 0 > found[-1] == pytest.approx(STEERING["jumprelu"].least)
+    assert all(after < before or after == found[-1] for before, after in pairwise(found))
+    least = min(range(len(found)), key=lambda n: abs(found[n]))
+    assert found[least + 1] - found[least] == pytest.approx(STEERING["jumprelu"].unit * step, rel=1e-2)
+    assert found[1] / found[0] == pytest.approx(np.exp(step), rel=1e-3)
+    found = weights("relu", 3000)
+    assert found[100] / found[0] == pytest.approx(np.exp(100 * step), rel=1e-3) and min(found) > 0
 
 
 @pytest.mark.parametrize("activation", ["topk_joint", "jumprelu", "relu"])
