@@ -70,15 +70,11 @@ KS = (2, 4, 8, 16)
 SLOTS = {"topk": 1, "batchtopk": 2, "topk_joint": 4, "jumprelu": 4, "relu": 4}
 FEWEST_SLOTS = 32
 RULES = ("topk", "batchtopk", "topk_joint", "jumprelu", "relu")
-BEST = "jumprelu"  # of the rules, as found with this script
 BASELINE = "batchtopk"  # of the rules, that of the CLTs that a joint one of it is held against
 # Beside a penalty another weight of the revival was best. (Its units are h |W_dec| for all rules but topk.)
 REVIVE = {"jumprelu": "1e-4", "relu": "1e-4"}
 STEPS = 1800  # alike for all, though some take less time over them: three minutes of two idle cores at most
-LONG_STEPS = 7000  # of the best rule: within 15 minutes
-# Noise makes weights grow as the learning rate times the root of the steps: four times as many take half the rate. At
-# the whole one jumprelu comes apart (docs/training.md).
-LONG_RATE = 0.5
+LONG, LONG_STEPS = "batchtopk", 7000  # within 15 minutes; jumprelu does not bear so many (docs/training.md)
 PARTS = ("sweeps", "rules", "baselines", "frontier", "long")
 
 
@@ -206,7 +202,7 @@ def table_rows() -> list[Row]:
     rates = {kind.name: best_rate(kind) for kind in SWEPT}
 
     def row(part: str, kind: Kind, k: int, seeds: Sequence[int] = SEEDS, steps: int | None = None) -> Row:
-        lr = rates[kind.name] * (1 if steps is None else LONG_RATE)
+        lr = rates[kind.name]
         return Row(part, kind.name, k, lr, tuple(kind.trial(k, lr, seed, steps) for seed in seeds))
 
     def sums(offset: int) -> Row:
@@ -219,7 +215,7 @@ def table_rows() -> list[Row]:
     rows = [row("rules", kind, 16) for kind in JOINT.values()]
     rows += [row("baselines", PER_LAYER, 16), row("baselines", OFFSET_1, 16), sums(0), sums(1)]
     rows += [row("frontier", kind, k, (0,)) for k in KS[-2::-1] for kind in (*JOINT.values(), PER_LAYER)]
-    return rows + [row("long", JOINT[BEST], k, (0,), LONG_STEPS) for k in (4, 8, 16)]
+    return rows + [row("long", JOINT[LONG], k, (0,), LONG_STEPS) for k in (4, 8, 16)]
 
 
 def result(run: Trial | Sum) -> dict[str, Any] | None:
