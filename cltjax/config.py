@@ -97,7 +97,7 @@ class DataConfig:
 
     # Below the store's blocks (up to 128 rows) a page is a part of one, which is then read for each of its pages.
     page_rows: int | None = None
-    """Rows of the blocks read together, if they hold any; by default 256, halved (to 16) if a buffer holds under 32."""
+    """Rows read together, whole blocks if they hold any; by default 256, or down to 16 for 32 of them in a buffer."""
     buffer_mib: int = 512
     """Memory for the rows read ahead, in MiB: the buffer in use and the next one. The larger, the better mixed."""
 

@@ -298,26 +298,27 @@ def parts(z: Sizes, config: TrainConfig, own: int, by_row: bool) -> tuple[Part, 
     found.append(part("encode backward", flops["encode backward"], written, streamed, gathered))
     if z.computed == 2:
         found.insert(0, part("round to bfloat16", 0, (WEIGHT + 2) * (encoder + decoder)))
-    if config.model.activation != "topk" or config.sparsity.revive:
+    if config.model.activation != "topk":
         found.insert(0, part("decoder norms", 2 * decoder, WEIGHT * decoder))
     if times > 1:  # the sum is read, a microbatch's gradient is read, the sum is written
         found.append(part("sum over microbatches", own * (times - 1), 3 * WEIGHT * own * (times - 1)))
     found.append(part("optimiser", OPTIMISER_FLOPS * own, OPTIMISER_BYTES * own))
     if z.data * M > 1:
-        found.append(part("exchange", 0, exchanged(z, own)))
+        found.append(part("exchange", 0, exchanged(z, own, predictions=2 if config.sparsity.auxk else 1)))
     return tuple(found)
 
 
-def exchanged(z: Sizes, own: int) -> int:
-    """Bytes that one device sends in a step: candidates and predictions over MODEL, gradients over DATA.
+def exchanged(z: Sizes, own: int, predictions: int) -> int:
+    """Bytes that one device sends in a step: candidates and predictions (twice as many where AuxK makes its own) over
+    MODEL, gradients over DATA.
 
     An all-reduce of N bytes over m devices sends 2 N (m - 1) / m from each of them, an all-gather of N bytes N (m - 1).
     """
     M, n = z.model, z.tokens
     candidates = WEIGHT * n * z.S * min(z.C, z.F // M) * (M - 1)
-    predictions = 2 * WEIGHT * n * z.T * z.D * (M - 1) // M
+    predicted = predictions * 2 * WEIGHT * n * z.T * z.D * (M - 1) // M
     gradients = 2 * WEIGHT * own * (z.data - 1) // z.data
-    return candidates + predictions + gradients
+    return candidates + predicted + gradients
 
 
 def shape_of_store(path: Path) -> ModelShape:

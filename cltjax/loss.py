@@ -31,12 +31,14 @@ MOST_PENALTY = 1e2
 
 
 class Steering(NamedTuple):
-    """`first`: the weight with which a rule's penalty begins, as for log r = MOST_EXCESS. `least`: the smallest.
-    `unit`: in size below this it grows by what is added to it, and not by factors, and so through 0.
+    """`first`: the weight that a rule begins with, while log r is at least MOST_EXCESS. `least`: the smallest. `unit`:
+    where it is not 0, the weight w changes as said above where |w| is well above this, but linearly near 0, which it
+    so may cross: what changes is not log w but arcsinh(w / unit).
 
     Under jumprelu a weight below 0 brings thresholds down. Reconstruction alone does not where the learning rate makes
-    pre-activations noisy: without it L0 went from 16 to 10 at 8e-3, while the weight fell to 0 (docs/training.md).
-    L1 with a weight below 0 would have no bound.
+    pre-activations noisy: without it L0 went from 16 to 10 at 8e-3, while the weight fell to 0 (docs/training.md). It
+    begins so that it would be below 0 at log r = 0: to be above, it first has to have been at many active features for
+    a while. L1 with a weight below 0 would have no bound.
     """
 
     first: float
@@ -44,7 +46,7 @@ class Steering(NamedTuple):
     unit: float
 
 
-STEERING = {"jumprelu": Steering(6.7e-4, -1e-2, 1e-4), "relu": Steering(6.7e-3, 1e-8, 1e-8)}
+STEERING = {"jumprelu": Steering(6.7e-4, -1e-2, 1e-4), "relu": Steering(6.7e-3, 1e-8, 0.0)}
 
 
 class Active(NamedTuple):
@@ -176,7 +178,10 @@ def steer(activation: str, before: SteeredPenalty, l0: jax.Array, k: jax.Array, 
     excess = jnp.log(jnp.maximum(l0, jnp.finfo(jnp.float32).tiny)) - jnp.log(k)
     excess = jnp.clip(excess, -MOST_EXCESS, MOST_EXCESS)
     change = INTEGRAL * lr * excess + PROPORTIONAL * (excess - before.excess)
-    weight = unit * jnp.sinh(jnp.arcsinh(before.weight / unit) + change)
+    if unit > 0:
+        weight = unit * jnp.sinh(jnp.arcsinh(before.weight / unit) + change)
+    else:
+        weight = before.weight * jnp.exp(change)
     return SteeredPenalty(jnp.clip(weight, least, MOST_PENALTY), excess)
 
 

@@ -62,7 +62,8 @@ def stream_rate() -> float:
 def gather_rate(z: Sizes, dtype: str) -> float:
     """Bytes/s of the rows that decoding and its gradients go through: rows of features read, and added to.
 
-    The table is the run's or a part of it; each of its rows is met four times, so that the rest hardly counts.
+    The table is the run's or a part of it; each of its rows is met four times, so that the rest hardly counts where
+    sparse products go by row. In loops, what streams by in a turn is in this rate, and is counted once more in a step.
     """
     M = z.D * z.P // z.S
     F = max(1, min(z.F // z.model, TABLE_BYTES // (WEIGHT * M)))

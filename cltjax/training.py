@@ -237,7 +237,8 @@ def train(config: TrainConfig, stop_after: int | None = None) -> Path:
                 opened.enter_context(closing(Lock(run, "another train.py")))
         last = last_step(run)
         with together():
-            data["row_order"] = row_order(run, store, last, config.steps)
+            if (order := row_order(run, store, last, config.steps)) is not None:
+                data["row_order"] = order
         agree("another store or checkpoint", [without_paths(data), last])
         claim(run, as_json(config), data, resumable=last is not None)
         measured = config.log.val_rows > 0 and len(rules.rows("val")) > 0

@@ -156,7 +156,16 @@ def test_what_devices_exchange():
     own = (S * F * D + PAIRS * F * D + S * F) // 2 + T * D
     sent = 4 * 10 * S * K + 2 * 4 * 10 * T * D // 2 + 2 * 4 * own * 2 // 3
     assert part(cost(mesh="3x2"), "exchange") == Part("exchange", 0, sent, sent)
+    helped = part(cost(mesh="3x2", sparsity=SparsityConfig(auxk=0.1, auxk_features=1)), "exchange")
+    assert helped.once == sent + 4 * 10 * S * 1 + 2 * 4 * 10 * T * D // 2  # candidates and predictions of its own
     assert "exchange" not in [part.name for part in cost().parts]
+
+
+def test_decoder_norms_are_read_by_the_rules_that_rank_by_them():
+    revived = SparsityConfig(revive=0.1)
+    assert "decoder norms" not in [part.name for part in cost(sparsity=revived).parts]
+    norms = part(cost(model=ModelConfig(F, K, "batchtopk"), sparsity=revived), "decoder norms")
+    assert norms.once == 4 * PAIRS * F * D
 
 
 def test_a_step_takes_the_longer_of_arithmetic_and_traffic_part_by_part():

@@ -121,6 +121,8 @@ def case(config: TrainConfig, wiring: Wiring, seed: int = 0, extra: int = 0) -> 
     shapes = jax.eval_shape(lambda: initial_state(config, wiring, scales))
     silent = np.where(rng.random((S, N)) < 1 / 3, DEAD, ALIVE).astype(np.int32)
     weights, excess = (0.1 * np.arange(S, dtype=np.float32) + start for start in (0.05, -0.2))
+    if config.model.activation == "jumprelu":
+        weights[0] = -weights[0]
     state = TrainState(
         arrays_of(shapes.parameters, parameters),
         arrays_of(shapes.constants, vars(scales) | {"cut": np.zeros(S)}),
@@ -221,24 +223,31 @@ def test_each_source_has_its_own_penalty_where_it_is_steered(activation: str):
     equals_dense(of, gradients_of(of))
 
 
-def test_the_penalty_follows_k():
+@pytest.mark.parametrize("activation", ["jumprelu", "relu"])
+def test_the_penalty_follows_k(activation: str):
     """By each source's own count, of features without a slot too: it rises where more than k are active, and k comes
     down from k_start times k."""
     sparsity = {"penalty": None, "k_start": 3.0, "anneal": 0.5}
-    config = settings("relu", model={"k": (2, 4, 5), "slots": 12}, sparsity=sparsity)
+    config = settings(activation, model={"k": (2, 4, 5), "slots": 12}, sparsity=sparsity)
     of = case(config, wire("all", 3, 0, 16))
     inputs = arguments(of, mesh_of(1, 1))
     after, figures = make_step(config, of.graph, mesh_of(1, 1))(*inputs)
     before, found, wanted = of.state.penalty, after.penalty, dense.k_at(STEP, config, 3)
     assert before is not None and found is not None and wanted == (5, 10, 12)
     h = np.einsum("bsd,sfd->sbf", of.normal()[0], of.parameters["W_enc"]) + of.parameters["b_enc"][:, None]
-    excess = np.log((h > 0).sum((1, 2)) / B / wanted)
-    assert excess[0] > MOST_EXCESS > excess[1] > 0.1
+    theta = np.exp(of.parameters["log_threshold"])[:, None] if activation == "jumprelu" else 0
+    excess = np.log((h > theta).sum((1, 2)) / B / wanted)
+    assert excess[0] > 0.1 and (activation == "jumprelu" or excess[0] > MOST_EXCESS > excess[1] > 0.1)
     excess = np.minimum(excess, MOST_EXCESS)
     assert (np.asarray(figures["penalty"]) == before.weight).all()
     np.testing.assert_allclose(found.excess, excess, rtol=1e-6)
     change = INTEGRAL * float(figures["lr"]) * excess + PROPORTIONAL * (excess - before.excess)
-    np.testing.assert_allclose(found.weight, before.weight * np.exp(change), rtol=1e-5)
+    if unit := STEERING[activation].unit:
+        assert before.weight[0] < 0
+        expected = unit * np.sinh(np.arcsinh(before.weight / unit) + change)
+    else:
+        expected = before.weight * np.exp(change)
+    np.testing.assert_allclose(found.weight, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("activation", ["jumprelu", "relu"])
@@ -256,7 +265,8 @@ def test_a_steered_penalty_stays_within_bounds_and_comes_back(activation: str):
         weight = many_steps(weight, l0 * k, k)
         assert float(weight.weight[0]) == pytest.approx(bound)
     again = steer(activation, weight, k, k, 0.0)  # type: ignore[arg-type]
-    back = unit * np.sinh(np.arcsinh(least / unit) + PROPORTIONAL * MOST_EXCESS)
+    change = PROPORTIONAL * MOST_EXCESS
+    back = unit * np.sinh(np.arcsinh(least / unit) + change) if unit else least * np.exp(change)
     assert float(again.weight[0]) == pytest.approx(back, rel=1e-5) and back > least
 
 
@@ -275,8 +285,8 @@ def test_a_steered_penalty_draws_when_too_few_are_active():
     found = weights("jumprelu", 3000)
     assert found[0] > 0 > found[-1] == pytest.approx(STEERING["jumprelu"].least)
     assert all(after < before or after == found[-1] for before, after in pairwise(found))
-    least = min(range(len(found)), key=lambda n: abs(found[n]))
-    assert found[least + 1] - found[least] == pytest.approx(STEERING["jumprelu"].unit * step, rel=1e-2)
+    nearest = min(range(len(found)), key=lambda n: abs(found[n]))  # to 0
+    assert found[nearest + 1] - found[nearest] == pytest.approx(STEERING["jumprelu"].unit * step, rel=1e-2)
     assert found[1] / found[0] == pytest.approx(np.exp(step), rel=1e-3)
     found = weights("relu", 3000)
     assert found[100] / found[0] == pytest.approx(np.exp(100 * step), rel=1e-3) and min(found) > 0

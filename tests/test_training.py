@@ -564,7 +564,10 @@ def test_a_run_of_the_older_row_order(store: ActivationStore, tmp_path: Path):
     record(mine)
     train(small(store, run))
     record(None)
+    before, digest = (run / "config.json").read_text(), load(run).digest
     train(small(store, run))
+    assert json.loads((run / "config.json").read_text()) == json.loads(before)
+    assert load(run).digest == digest  # by which runs that were given this one know it
 
 
 def test_one_validation_row_is_enough(store: ActivationStore, tmp_path: Path):
