@@ -5,12 +5,12 @@
     python evaluate.py --clt runs/L0-5 --store activations
 
 921,600 tokens, 175 s of training on two idle cores of an Intel Xeon, 207 s with start-up, validation and measuring. On
-105,107 test rows: mean FVU .0127 (text .022, image .010), worst target .0231; slopes .999 to 1.002; L0 14.6 a source;
-1.5 % dead.
+105,107 test rows: mean FVU .0120 (text .020, image .010), worst target .0222; slopes .999 to 1.001; L0 15.3 a source;
+.8 % dead.
 
 Of all rules jumprelu reconstructs best (docs/training.md). Its penalty is steered until 16 features of a token and
 source are active on average. Many more are at first, and on some tokens at the end: hence 64 slots, from which most of
-the cost comes. With 40, FVU is .0133. Runs of more than 2,000 steps at this rate come apart (docs/training.md).
+the cost comes. Longer runs come apart (docs/training.md): for them configs/demo_replacement.py has batchtopk.
 """
 
 from cltjax.config import ModelConfig, SparsityConfig, TrainConfig
