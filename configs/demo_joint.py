@@ -4,8 +4,8 @@
     python train.py --config configs/demo_joint.py
     python evaluate.py --clt runs/L0-5 --store activations
 
-921,600 tokens, 175 s of training on two idle cores of an Intel Xeon, 207 s with start-up, validation and measuring. On
-105,107 test rows: mean FVU .0120 (text .020, image .010), worst target .0222; slopes .999 to 1.001; L0 15.3 a source;
+921,600 tokens, 175 s of training on two idle cores of an Intel Xeon, 209 s with start-up, validation and measuring. On
+105,107 test rows: mean FVU .0119 (text .020, image .010), worst target .0221; slopes 1.000 to 1.001; L0 15.3 a source;
 .8 % dead.
 
 Of all rules jumprelu reconstructs best (docs/training.md). Its penalty is steered until 16 features of a token and
