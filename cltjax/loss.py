@@ -36,9 +36,9 @@ class Steering(NamedTuple):
     so may cross: what changes is not log w but arcsinh(w / unit).
 
     Under jumprelu a weight below 0 brings thresholds down. Reconstruction alone does not where the learning rate makes
-    pre-activations noisy: on the demo (lr 8e-3) L0 went from 16 to 10 while the weight fell to 0. It
-    begins so that it would be below 0 at log r = 0: to be above, it first has to have been at many active features for
-    a while. L1 with a weight below 0 would have no bound.
+    pre-activations noisy: on the demo (lr 8e-3) L0 went from 16 to 10 while the weight fell to 0. It begins so that it
+    would be below 0 at log r = 0: to be above, it first has to have been at many active features for a while. L1 with a
+    weight below 0 would have no bound.
     """
 
     first: float
