@@ -83,6 +83,7 @@ class Order:
             extent = int(self.parts[-1] - self.parts[0])
             self.single, self.per_epoch = True, min(len(self.parts), extent // max(1, self.blocks) + 2)
         self.layout = lru_cache(maxsize=3)(self._layout)  # of the epochs around
+        self.buffer = lru_cache(maxsize=2)(self._buffer)
 
     def _layout(self, epoch: int) -> Layout:
         """Pages begin at other blocks in every epoch where they are several blocks long."""
@@ -99,7 +100,7 @@ class Order:
             cuts = np.searchsorted(before, np.arange(self.per_epoch + 1) * len(self.rows) / self.per_epoch)
         return Layout(starts[visit], sizes, cuts, before[cuts])
 
-    def buffer(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+    def _buffer(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Buffer `number`, counted through all epochs: its rows, ascending, and the order to visit them in."""
         epoch, place = divmod(number, self.per_epoch)
         layout = self.layout(epoch)
@@ -158,6 +159,14 @@ class Stream:
             pieces.append(Batch(held.batch.x[chosen], held.batch.y[chosen]))
             done += size
         return pieces
+
+    def rows(self, step: int) -> np.ndarray:
+        """The numbers of the needed rows of one step. Reads nothing."""
+        n, found = len(self.needed), []
+        for number, part in self.order.places(step * n, n):
+            rows, visit = self.order.buffer(number)
+            found.append(rows[visit[part]])
+        return np.concatenate(found)[self.needed]
 
     def _buffer(self, number: int) -> Held:
         wanted = (number, number + 1)
@@ -222,6 +231,7 @@ class Batches:
         self.row_bytes, self.batch_size, self.chosen_pages = row_bytes, batch_size, data.page_rows is None
         # One buffer in use and one that is read; the streams share in them as they share in a batch.
         most_rows = (data.buffer_mib << 20) // 2 // row_bytes
+        self.store, self.sources, self.targets = store, tuple(sources), tuple(targets)
         everywhere = np.arange(batch_size)
         self.positions = everywhere if positions is None else everywhere[positions]
         self.streams: list[Stream] = []
@@ -249,6 +259,20 @@ class Batches:
         else:
             x, y = pieces[0]
         return Batch(x, y) if self.in_order else Batch(x[self.gather], y[self.gather])
+
+    def rows(self, step: int) -> np.ndarray:
+        """The numbers [b] of the rows that the batch of one step has. Reads nothing."""
+        return np.concatenate([stream.rows(step) for stream in self.streams])[self.gather]
+
+    def train_rows(self) -> np.ndarray:
+        """The numbers of all rows that batches take, ascending."""
+        return np.sort(np.concatenate([stream.order.rows for stream in self.streams]))
+
+    def read(self, rows: np.ndarray) -> Batch:
+        """Rows by their numbers, as a batch has them."""
+        return Batch(
+            self.store.read_packed("site", rows, self.sources), self.store.read_packed("mlp_out", rows, self.targets)
+        )
 
     def advice(self) -> str | None:
         """One line where pages are smaller than the blocks that are read for them, as the buffer is small, and what to

@@ -19,7 +19,7 @@ from cltjax.typed import check_types, converted
 
 # Fields in which two runs may differ and still be the same: where things lie, what computes, how it is looked at.
 # (What weights `given` and `start_from` are is in the run's data, wherever these lie, under names that are not here.)
-NOT_THE_RUN = ("store", "out", "config", "given", "start_from", "log", "mesh", "processes")
+NOT_THE_RUN = ("store", "out", "config", "given", "start_from", "log", "mesh", "device_cache", "processes")
 
 Activation = Literal["topk", "topk_joint", "batchtopk", "jumprelu", "relu"]
 # The rules that a penalty keeps sparse; under the others `k` features are active by construction.
@@ -188,6 +188,8 @@ class TrainConfig:
     """Seed of the initial weights and of the order of the rows."""
     mesh: str = "1x1"
     """Devices as DATAxMODEL: tokens are split over the first number, features over the second."""
+    device_cache: bool = False
+    """Keep all train rows on each device, read once: where they fit beside the weights, no step waits for the host."""
     model: ModelConfig = field(default_factory=ModelConfig)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
     tokens: TokensConfig = field(default_factory=TokensConfig)

@@ -28,7 +28,7 @@ from rich.table import Table
 from cltjax.config import FEW_DEAD, TrainConfig, parse_mesh, slots_of
 from cltjax.errors import UserError
 from cltjax.store import ActivationStore
-from cltjax.store_format import DTYPES
+from cltjax.store_format import DTYPES, SCALE_BYTES
 from cltjax.wiring import Wiring, spell_layers, wire
 
 WEIGHT = 4  # bytes of a float32: weights, moments, gradients, pre-activations, sums
@@ -37,7 +37,8 @@ WEIGHT = 4  # bytes of a float32: weights, moments, gradients, pre-activations, 
 OPTIMISER_FLOPS = 19
 # The global norm reads the gradient; the update reads weight, two moments, gradient and writes weight, two moments.
 OPTIMISER_BYTES = 8 * WEIGHT
-UNROLL = 8  # of the loops in cltjax/sparse_products.py, which imports jax
+# Of the loops in cltjax/sparse_products.py and of top-k in cltjax/sparsity.py, which import jax.
+UNROLL, RUN, LONG = 8, 8, 256
 # What a radix sort of a number and its place moves: 8 bytes read and 8 written, four times.
 SORT_BYTES = 64
 
@@ -49,6 +50,8 @@ class ModelShape:
     n_layers: int
     d_model: int
     dtype: str = "bfloat16"
+    train_rows: int | None = None
+    """Of a store that there is; what `--device-cache` needs follows from it."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,7 @@ def estimate(config: TrainConfig, shape: ModelShape, rates: Rates) -> Cost:
         sources=tuple((source, n, fixed + z.F * n * z.D) for source, n in heads),
         targets=wiring.targets,
         parameters=parameters,
-        memory=memory(z, config, own),
+        memory=memory(z, config, own) | cached(z, config, shape),
         flops_per_token=flops_per_token(z, config),
         parts=parts(z, config, own, rates.by_row),
         rates=rates,
@@ -221,8 +224,12 @@ def memory(z: Sizes, config: TrainConfig, own: int) -> dict[str, int]:
     """Bytes on one device while it does a step; `own` parameters lie on it."""
     S, T, D, C, M = z.S, z.T, z.D, z.C_start, z.model
     b = z.tokens // z.microbatches
-    # Of size [S, b, F]: x W_enc and its sum with b_enc, then pre-activations and ranks; AuxK's.
-    dense = 2 + 2 * bool(config.sparsity.auxk)
+    # Of size [S, b, F]: x W_enc and its sum with b_enc, then pre-activations and ranks; AuxK's. Under topk the sum is
+    # what top-k reads, which adds it up itself where it goes by runs.
+    length = z.F // M
+    by_runs = length >= LONG * C and length % RUN == 0
+    alone = config.model.activation == "topk" and not (config.sparsity.auxk or config.sparsity.revive)
+    dense = 1 if alone and by_runs else 2 + 2 * bool(config.sparsity.auxk)
     pre = dense * WEIGHT * S * b * z.F // M
     # XLA keeps one of its decoder gradients twice where they are summed: before and after.
     summed = z.data * M > 1 or z.microbatches > 1
@@ -242,6 +249,16 @@ def memory(z: Sizes, config: TrainConfig, own: int) -> dict[str, int]:
         "counters, constants": 2 * WEIGHT * S * z.F // M + WEIGHT * constants(z, config),
     }
     return {name: size for name, size in found.items() if size}
+
+
+def cached(z: Sizes, config: TrainConfig, shape: ModelShape) -> dict[str, int]:
+    """Bytes of the train rows that stay on each device, all of them: token rules may leave some out."""
+    if not config.device_cache:
+        return {}
+    if shape.train_rows is None:
+        raise UserError("--device-cache keeps as many rows as the store has: name --store, or leave it out")
+    scales = SCALE_BYTES if shape.dtype == "int8" else 0
+    return {"train rows": shape.train_rows * (z.S + z.T) * (z.D * z.held + scales)}
 
 
 def flops_per_token(z: Sizes, config: TrainConfig) -> dict[str, int]:
@@ -324,7 +341,7 @@ def exchanged(z: Sizes, own: int, predictions: int) -> int:
 def shape_of_store(path: Path) -> ModelShape:
     """The shape that a store's manifest tells."""
     store = ActivationStore.open(path)
-    return ModelShape(store.n_layers, store.d_model, store.dtype)
+    return ModelShape(store.n_layers, store.d_model, store.dtype, len(store.rows_of("train")))
 
 
 def shape_of_recipe(path: Path) -> ModelShape | None:

@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from cltjax.allocator import keep_freed_memory, will_use_cpu
-from cltjax.batches import ROW_ORDER, Batch, Batches, drawn_apart, read_ahead, row_batches, sample_rows, trained_mix
+from cltjax.batches import ROW_ORDER, Batches, drawn_apart, read_ahead, row_batches, sample_rows, trained_mix
 from cltjax.checkpoint import (
     METRICS,
     TIMING,
@@ -36,6 +36,7 @@ from cltjax.checkpoint import (
 )
 from cltjax.clt import CLT
 from cltjax.config import ProcessesConfig, TrainConfig, as_json, k_values
+from cltjax.device_cache import DeviceCache, to_devices
 from cltjax.distributed import (
     agree,
     check_divides,
@@ -43,7 +44,6 @@ from cltjax.distributed import (
     is_main,
     make_mesh,
     own_positions,
-    place,
     say,
     start,
     together,
@@ -256,9 +256,15 @@ def train(config: TrainConfig, stop_after: int | None = None) -> Path:
         kept = 0 if last is None else whole_lines(run / TIMING)
         timings = opened.enter_context(closing(Lines(run / TIMING, kept)))
         graph = graph_of(config, wiring, scales)
+        split = mesh, config.batch_size, config.microbatches
+        with together():
+            cache = DeviceCache(batches, *split) if config.device_cache else None
+        feed = (
+            Feed(batches, lambda batch: to_devices(batch, *split)) if cache is None else Feed(cache.places, cache.batch)
+        )
         make = partial(make_step, config, graph, mesh, frozen)
         validate = partial(validation, config, graph, mesh, store, inputs, rules, frozen, arrays)
-        loop = Loop(config, mesh, make(), arrays, batches, checkpoints, records, timings, validate)
+        loop = Loop(config, make(), arrays, feed, checkpoints, records, timings, validate)
         if config.sparsity.k_start > 1:
             loop.annealing = make(annealing=True)
         if meta:
@@ -374,15 +380,23 @@ def spell_numbers(k: float | tuple[float, ...]) -> str:
     return ",".join(f"{one:g}" for one in (k if isinstance(k, tuple) else (k,)))
 
 
+@dataclass(frozen=True)
+class Feed:
+    """Batches in two stages, of which the first is done ahead on a thread: `read` a step's on the host, `send` what
+    that gave to the devices (x, y)."""
+
+    read: Callable[[int], Any]
+    send: Callable[[Any], tuple[jax.Array, jax.Array]]
+
+
 @dataclass
 class Loop:
     """The training loop of one process."""
 
     config: TrainConfig
-    mesh: Mesh
     step: Step
     arrays: Sequence[nnx.State]  # of the frozen runs
-    batches: Batches
+    feed: Feed
     checkpoints: Checkpoints
     records: Lines
     timings: Lines
@@ -414,9 +428,9 @@ class Loop:
         steps = self.config.steps if stop_after is None else min(stop_after, self.config.steps)
         pending: tuple[int, dict[str, jax.Array]] | None = None
         self.since = time.perf_counter()
-        with read_ahead((self.batches(n) for n in range(first, steps)), depth=4) as feed:
+        with read_ahead((self.feed.read(n) for n in range(first, steps)), depth=4) as ready:
             for n in range(first, steps):
-                x, y = self.next_batch(feed)
+                x, y = self.next_batch(ready)
                 advance = self.annealing if self.annealing and n < annealed_steps(self.config) else self.step
                 with jax.transfer_guard("disallow"):
                     state, figures = advance(state, x, y, self.arrays)
@@ -431,13 +445,11 @@ class Loop:
                 self.note(*pending)
         return state
 
-    def next_batch(self, feed: Iterator[Batch]) -> tuple[jax.Array, jax.Array]:
+    def next_batch(self, ready: Iterator[Any]) -> tuple[jax.Array, jax.Array]:
         began = time.perf_counter()
-        batch = next(feed)
+        batch = next(ready)
         self.waited += time.perf_counter() - began
-        config = self.config
-        x, y = (place(rows, self.mesh, config.batch_size, config.microbatches) for rows in batch)
-        return x, y
+        return self.feed.send(batch)
 
     def save(self, step: int, state: TrainState) -> None:
         """Measure on `val` rows, then begin to save. UserError where the weights are not finite: nothing is saved."""

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 import cltjax.estimate
 import cltjax.rates
 import cltjax.sparse_products
+import cltjax.sparsity
 from cltjax.config import ModelConfig, SparsityConfig, TrainConfig
 from cltjax.distributed import make_mesh
 from cltjax.errors import UserError
@@ -37,6 +38,7 @@ from cltjax.estimate import (
 )
 from cltjax.normalisation import blank
 from cltjax.step import abstract_state, graph_of, make_step
+from cltjax.store import ActivationStore
 from cltjax.wiring import wire
 from stores import synthetic_store
 
@@ -150,6 +152,7 @@ def test_a_loop_goes_through_the_slots_of_other_devices_features():
 
 def test_what_the_code_does_in_a_turn():
     assert cltjax.estimate.UNROLL == cltjax.sparse_products.UNROLL
+    assert (cltjax.estimate.RUN, cltjax.estimate.LONG) == (cltjax.sparsity.RUN, cltjax.sparsity.LONG)
 
 
 def test_what_devices_exchange():
@@ -278,7 +281,8 @@ def test_memory_is_what_the_compiled_step_asks_for(changes: dict[str, Any]):
 
 def test_the_shape_comes_from_a_store_or_a_recipe(tmp_path: Path):
     synthetic_store(tmp_path / "store", rows=211, layers=3, d=5, captured=(0, 2), dtype="int8")
-    assert shape_of_store(tmp_path / "store") == ModelShape(3, 5, "int8")
+    train_rows = len(ActivationStore.open(tmp_path / "store").rows_of("train"))
+    assert shape_of_store(tmp_path / "store") == ModelShape(3, 5, "int8", train_rows) and train_rows > 0
     recipe = tmp_path / "x.py"
     recipe.write_text("from cltjax.estimate import ModelShape\nmodel_shape = ModelShape(n_layers=3, d_model=5)\n")
     assert shape_of_recipe(recipe) == ModelShape(3, 5)
