@@ -152,10 +152,10 @@ def test_two_processes_equal_one(store: ActivationStore, tmp_path: Path):
 
 
 def test_under_slurm_two_processes_equal_one(store: ActivationStore, tmp_path: Path):
-    """Two steps; who the others are is taken from what srun puts into the environment."""
+    """Two steps; who the others are is taken from what srun puts into the environment. Rows stay on the devices."""
     more = "--steps 2 --log.val-rows 0"
     alone, shared = tmp_path / "alone", tmp_path / "shared"
-    (status, said, _), other = finished([options(store, shared, more + " --mesh 2x2")] * 2, slurm=True)
+    (status, said, _), other = finished([options(store, shared, more + " --mesh 2x2 --device-cache")] * 2, slurm=True)
     assert status == 0 and "FVU on" in said
     assert other == (0, "", "")
 
