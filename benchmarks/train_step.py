@@ -274,6 +274,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--beside", type=Path, help="a script that prints a dense step's tokens/s, given D F T k B")
     parser.add_argument("--name", help="of the result files; default: train_step_cpu or train_step_gpu")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
     options = parser.parse_args()
     options.shapes = (ON_GPU if options.gpu else BARS) if options.shapes is None else options.shapes
     options.predict = (() if options.gpu else JOINT) if options.predict is None else options.predict
@@ -301,10 +302,10 @@ def main() -> None:
     if options.growth:
         tables.append(growth_table(options.growth, grown))
     name = options.name or ("train_step_gpu" if options.gpu else "train_step_cpu")
-    RESULTS.mkdir(exist_ok=True)
+    options.results.mkdir(parents=True, exist_ok=True)
     results = {"said": said, "compared": found, "predicted": predicted, "growth": grown}
-    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1))
-    publish(RESULTS / f"{name}.txt", [*said, *tables], width=160)
+    (options.results / f"{name}.json").write_text(json.dumps(results, indent=1))
+    publish(options.results / f"{name}.txt", [*said, *tables], width=160)
 
 
 if __name__ == "__main__":
