@@ -3,6 +3,7 @@
     python -m benchmarks.gpu --out benchmarks/results/gpu
 
 - *step*: a training step against the dense one, part by part (benchmarks/train_step.py --gpu).
+- *products*: the ways to do sparse products and top-k, Pallas kernels among them (benchmarks/products.py).
 - *capture*: what capturing a VLM of LLaVA-1.5-7B's shape costs over its forward passes (benchmarks/capture.py).
 - *attribution*: graphs of a random Llama and of a random LLaVA (benchmarks/attribution.py).
 - *demo*: the demo's VLM captured, and its joint recipe trained for some steps, with and without `--device-cache`.
@@ -44,6 +45,10 @@ def step(out: Path, _: Path) -> list[list[str]]:
     return [["-m", "benchmarks.train_step", "--gpu", "--results", str(out)]]
 
 
+def products(out: Path, _: Path) -> list[list[str]]:
+    return [["-m", "benchmarks.products", "--results", str(out)]]
+
+
 def capture(_: Path, work: Path) -> list[list[str]]:
     options = "--shape llava-7b --samples 32 --batch-size 8 --pairs 2"  # a pair writes 10 GB
     return [["-m", "benchmarks.capture", *options.split(), "--folder", str(work)]]
@@ -69,11 +74,12 @@ def estimate(_: Path, __: Path) -> list[list[str]]:
 
 
 PARTS = (
-    Part("step", 260, step),
-    Part("capture", 90, capture),
-    Part("attribution", 80, attribution),
-    Part("demo", 90, demo),
-    Part("estimate", 40, estimate),
+    Part("step", 230, step),
+    Part("products", 90, products),
+    Part("capture", 80, capture),
+    Part("attribution", 60, attribution),
+    Part("demo", 80, demo),
+    Part("estimate", 30, estimate),
 )
 
 
