@@ -49,6 +49,7 @@ from cltjax.command import run as parse
 from cltjax.config import NOT_THE_RUN, TrainConfig, as_json, differing, read_config_file
 from cltjax.errors import UserError
 from cltjax.files import write_json
+from cltjax.plots import log_scale
 from cltjax.store import ActivationStore
 from cltjax.store_format import differences
 from cltjax.wiring import spell_layers, wire
@@ -429,14 +430,10 @@ def plot_frontier(there: Sequence[tuple[Row, list[dict[str, Any]]]], path: Path)
         )
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
-    axes.set(
-        xlabel="active features a token and source (L0)", ylabel="FVU, mean over targets", xscale="log", yscale="log"
-    )
+    axes.set(xlabel="active features a token and source (L0)", ylabel="FVU, mean over targets", xscale="log")
     axes.set_xticks(KS, map(str, KS))
     axes.xaxis.set_minor_formatter("")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.tick_params("y", which="both", labelsize=7)
+    log_scale(axes)
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path)
 
