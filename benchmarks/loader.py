@@ -9,8 +9,10 @@ done with them; another epoch comes before, untimed. The plain read goes through
 their files, with `readinto` of 8 MiB, until it has as many bytes as the layers and rows of these batches take in the
 store; so whatever the loader reads beyond them counts against it. The third, tensorstore, reads as many rows of these
 layers in their order into memory that is there already, checksums and all: what is left to a loader that neither
-shuffles nor skips. The three take turns. Cold: before each, the files are dropped from the page cache
-(POSIX_FADV_DONTNEED). Warm: all of them have been read. What is printed is also added to benchmarks/results/loader.txt.
+shuffles nor skips. The three take turns. Cores busy is the processor's time, of all threads, over that of the clock:
+what reading costs beside the disk, page cache and copying included. Cold: before each, the files are dropped from the
+page cache (POSIX_FADV_DONTNEED). Warm: all of them have been read. What is printed is also added to
+benchmarks/results/loader.txt.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from rich.table import Table
@@ -97,30 +100,45 @@ def drop(files: Iterable[Path]) -> None:
         os.close(file)
 
 
-def read_plainly(files: Sequence[Path], size: int, cold: Sequence[Path]) -> float:
-    """Seconds of reading `size` bytes, file after file."""
+class Took(NamedTuple):
+    """Seconds by the clock, and of the processor for this process, all threads together."""
+
+    seconds: float
+    busy: float
+
+
+def now() -> Took:
+    return Took(time.perf_counter(), time.process_time())
+
+
+def since(begun: Took) -> Took:
+    return Took(*(there - here for there, here in zip(now(), begun, strict=True)))
+
+
+def read_plainly(files: Sequence[Path], size: int, cold: Sequence[Path]) -> Took:
+    """Reading `size` bytes, file after file."""
     drop(cold)
     buffer, left = memoryview(bytearray(PLAIN_READ)), size
-    begun = time.perf_counter()
+    begun = now()
     for path in files:
         with path.open("rb", buffering=0) as file:
             while left > 0 and (read := file.readinto(buffer)):  # type: ignore[attr-defined]
                 left -= read
-    return time.perf_counter() - begun
+    return since(begun)
 
 
-def read_in_order(store: ActivationStore, wiring: Wiring, rows: int, cold: Sequence[Path]) -> float:
-    """Seconds of reading the store's first `rows` rows at a run's layers, stretch by stretch."""
+def read_in_order(store: ActivationStore, wiring: Wiring, rows: int, cold: Sequence[Path]) -> Took:
+    """Reading the store's first `rows` rows at a run's layers, stretch by stretch."""
     memory = [np.empty(*store.packed_shape(STRETCH, layers)) for layers in (wiring.sources, wiring.targets)]
     for out in memory:
         out.fill(0)
     drop(cold)
-    begun = time.perf_counter()
+    begun = now()
     for start in range(0, rows, STRETCH):
         chosen = np.arange(start, min(start + STRETCH, rows))
         for which, layers, out in zip(("site", "mlp_out"), (wiring.sources, wiring.targets), memory, strict=True):
             store.read_packed(which, chosen, layers, out[: len(chosen)])
-    return time.perf_counter() - begun
+    return since(begun)
 
 
 def take(batches: Batches, steps: Iterable[int]) -> None:
@@ -133,14 +151,14 @@ def take(batches: Batches, steps: Iterable[int]) -> None:
             reading.result()
 
 
-def load(batches: Batches, steps: int, cold: Sequence[Path]) -> float:
-    """Seconds for one epoch's batches in the middle of a run: as many buffers are read meanwhile as are used."""
+def load(batches: Batches, steps: int, cold: Sequence[Path]) -> Took:
+    """One epoch's batches in the middle of a run: as many buffers are read meanwhile as are used."""
     with closing(batches):
         take(batches, range(steps))
         drop(cold)
-        begun = time.perf_counter()
+        begun = now()
         take(batches, range(steps, 2 * steps))
-        return time.perf_counter() - begun
+        return since(begun)
 
 
 def compare(store: ActivationStore, layer: str, n_targets: int, options: argparse.Namespace) -> list[tuple[str, ...]]:
@@ -162,13 +180,14 @@ def compare(store: ActivationStore, layer: str, n_targets: int, options: argpars
     share = needed / sum(path.stat().st_size for path in files)
     rows = []
     for cache in ("cold", "warm"):
-        found: dict[str, list[float]] = {"loader": [], "plain": [], "in order": []}
+        found: dict[str, list[Took]] = {"loader": [], "plain": [], "in order": []}
         dropped = files if cache == "cold" else ()
         for _ in range(options.rounds):
             found["loader"].append(load(loader(), steps, dropped))
             found["plain"].append(read_plainly(files, needed, dropped))
             found["in order"].append(read_in_order(store, wiring, steps * size, dropped))
-        rates = [needed / 1e9 / statistics.median(seconds) for seconds in found.values()]
+        rates = [needed / 1e9 / statistics.median(one.seconds for one in each) for each in found.values()]
+        cores = [statistics.median(one.busy / one.seconds for one in each) for each in found.values()]
         rows.append(
             (
                 store.dtype,
@@ -177,22 +196,23 @@ def compare(store: ActivationStore, layer: str, n_targets: int, options: argpars
                 f"{needed / 1e9:.2f} ({share:.0%})",
                 *(f"{rate:.2f}" for rate in rates),
                 *(of_pairs(found[side], found["loader"]) for side in ("plain", "in order")),
+                ", ".join(f"{one:.1f}" for one in cores),
             )
         )
         print(*rows[-1], flush=True)
     return rows
 
 
-def of_pairs(other: Sequence[float], loader: Sequence[float]) -> str:
+def of_pairs(other: Sequence[Took], loader: Sequence[Took]) -> str:
     """The loader's rate as a share of another's, each time next to it: median and range."""
-    shares = [theirs / own for theirs, own in zip(other, loader, strict=True)]
+    shares = [theirs.seconds / own.seconds for theirs, own in zip(other, loader, strict=True)]
     return f"{statistics.median(shares):.0%} ({min(shares):.0%} to {max(shares):.0%})"
 
 
 def loader_table(options: argparse.Namespace) -> Table:
     table = Table(title=f"one epoch of train rows, {options.rounds} pairs", title_justify="left")
     names = "store|layers|page cache|GB (of the store's)|loader GB/s|plain|in order"
-    for name in (*names.split("|"), f"loader of plain (bar {BAR:.0%} cold)", "loader of in order"):
+    for name in (*names.split("|"), f"loader of plain (bar {BAR:.0%} cold)", "loader of in order", "cores busy"):
         table.add_column(name, justify="right")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for dtype in ("bfloat16", "int8"):
