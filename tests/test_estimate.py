@@ -276,7 +276,11 @@ def test_memory_is_what_the_compiled_step_asks_for(changes: dict[str, Any]):
         step = make_step(config, graph_of(config, wiring, scales), mesh)
         plan = step.lower(abstract_state(config, wiring, scales, mesh), x, y, ()).compile().memory_analysis()
     real = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes + plan.temp_size_in_bytes
-    assert real == pytest.approx(sum(found.values()) - found["batch x, y, and the next"] / 2, rel=0.1)
+    expected = [sum(found.values()) - found["batch x, y, and the next"] / 2]
+    if config.model.activation == "batchtopk":  # jax 0.12, not 0.10.2, keeps ranks beside top-k's pieces of them
+        ranks = 4 * len(wiring.sources) * config.batch_size * config.model.features
+        expected.append(expected[0] + ranks)
+    assert any(real == pytest.approx(size, rel=0.1) for size in expected), (real, expected)
 
 
 def test_the_shape_comes_from_a_store_or_a_recipe(tmp_path: Path):
