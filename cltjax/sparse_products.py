@@ -3,7 +3,7 @@
 Letters: n tokens, C slots, F features, M numbers in a feature's row. `indices` [n, C] are places in a table of F rows;
 F (one too many) stands for no feature.
 
-Two ways each, chosen by backend as measured (benchmarks/train_step.py has the figures):
+Two ways each, chosen by backend as measured (benchmarks/products.py):
   loop    over the C slots, n rows at a time: no intermediate is larger than [n, M], and it suits a device that hides
           the latency of memory by itself. The table's gradient is read and written again in every turn.
   by row  one output row after the other, or a few at a time, which stay in the processor's cache: for CPUs. The tokens
