@@ -82,6 +82,8 @@ COLLAPSED, LITTLE = 0.25, 0.5
 # From this share of tokens on, the progress line says that they have as many active features as there are slots.
 MANY_FULL = 0.01
 TREND_STEPS = 50  # over about so many the average is taken
+# Steps that jumprelu bears where dead features are revived, and hardly more (docs/training.md).
+LONG_JUMPRELU = 2500
 
 
 @jax.jit
@@ -370,6 +372,11 @@ def say_plan(config: TrainConfig, store: ActivationStore, rules: TokenRules, wir
         + ("" if store.complete else " (the capture is unfinished: only what is published)")
     )
     say(f"train rows: {rules.describe('train')}")
+    if model.activation == "jumprelu" and config.sparsity.revive > 0 and config.steps > LONG_JUMPRELU:
+        say(
+            f"jumprelu with --sparsity.revive may come apart in runs of more than {LONG_JUMPRELU:,} steps: watch val "
+            "FVU, or take batchtopk (docs/training.md)"
+        )
     if model.activation == "topk" and model.slots is not None:
         say(f"--model.slots {model.slots} does nothing under topk: k features of a token are active")
     if config.log.val_rows and not len(rules.rows("val")):

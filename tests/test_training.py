@@ -601,6 +601,15 @@ def test_options_that_do_nothing_are_named(store: ActivationStore, tmp_path: Pat
     assert "does nothing" not in said and "val rows: none" not in said and "given runs" not in said
 
 
+def test_a_long_run_of_jumprelu_is_warned_of(store: ActivationStore, tmp_path: Path, capsys):
+    for steps, revive in ((2501, 1e-4), (2500, 1e-4), (2501, 0.0)):
+        rule, sparsity = ModelConfig(29, 3, "jumprelu"), SparsityConfig(revive=revive)
+        run = small(store, tmp_path / f"{steps}-{revive}", steps=steps, model=rule, sparsity=sparsity)
+        train(run, stop_after=1)
+        warned = "jumprelu with --sparsity.revive may come apart" in capsys.readouterr().out
+        assert warned == (steps == 2501 and revive > 0)
+
+
 def test_without_val_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys):
     """What is calibrated on them does not begin; the rest is not measured on the way, and has no best."""
     store = synthetic_store(tmp_path / "store", rows=400, layers=LAYERS, d=D, splits=("train", "test"))
