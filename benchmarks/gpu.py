@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,9 +103,9 @@ def run(part: Part, out: Path, limit: float) -> str:
             except subprocess.TimeoutExpired:
                 return f"stopped after {limit:.0f} s"
             finally:  # also on Ctrl-C
-                if process.poll() is None:
+                with suppress(ProcessLookupError):  # children may outlive it
                     os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
+                process.wait()
             if status:
                 return f"status {status} after {time.monotonic() - began:.0f} s"
     return f"done in {time.monotonic() - began:.0f} s"
@@ -144,6 +145,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=[part.name for part in PARTS], help="only these")
     parser.add_argument("--seconds", type=float, default=570, help="of all parts together")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # and with it what runs
     parts = [part for part in PARTS if options.parts is None or part.name in options.parts]
     sys.exit(not run_all(parts, options.out.absolute(), options.seconds))
 

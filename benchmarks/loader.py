@@ -212,7 +212,12 @@ def of_pairs(other: Sequence[Took], loader: Sequence[Took]) -> str:
 def loader_table(options: argparse.Namespace) -> Table:
     table = Table(title=f"one epoch of train rows, {options.rounds} pairs", title_justify="left")
     names = "store|layers|page cache|GB (of the store's)|loader GB/s|plain|in order"
-    for name in (*names.split("|"), f"loader of plain (bar {BAR:.0%} cold)", "loader of in order", "cores busy"):
+    for name in (
+        *names.split("|"),
+        f"loader of plain (bar {BAR:.0%} cold)",
+        "loader of in order",
+        "cores busy, of each",
+    ):
         table.add_column(name, justify="right")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for dtype in ("bfloat16", "int8"):

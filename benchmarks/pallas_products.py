@@ -2,8 +2,11 @@
 measured them yet. benchmarks/products.py does, beside what is used.
 
 One output row is a sum of rows of a table, and stays in registers until it is whole, where XLA's loop reads and writes
-it for every few slots. Both gather_sum (a token's rows) and scatter_sum (a feature's tokens) are that.
+it for every few slots. Both gather_sum (a token's rows) and scatter_sum (a feature's tokens) are that. compiler_params
+choose Mosaic GPU or Triton; under jax 0.10.2's Mosaic gather_dot takes a float32 table only.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +18,12 @@ BLOCK = 1024  # numbers of a row that one program sums up
 
 
 def sum_rows(
-    table: jax.Array, values: jax.Array, places: jax.Array, starts: jax.Array, interpret: bool = False
+    table: jax.Array,
+    values: jax.Array,
+    places: jax.Array,
+    starts: jax.Array,
+    compiler_params: Any = None,
+    interpret: bool = False,
 ) -> jax.Array:
     """out[s] = the sum over p from starts[s] to starts[s + 1] of values[p] table[places[p]].
 
@@ -45,27 +53,37 @@ def sum_rows(
         grid=(n, M // block),
         in_specs=[anywhere] * 4,
         out_specs=anywhere,
+        compiler_params=compiler_params,
         interpret=interpret,
     )
     return call(table, values, places, starts)
 
 
-def gather_sum(table: jax.Array, values: jax.Array, indices: jax.Array, interpret: bool = False) -> jax.Array:
+def gather_sum(
+    table: jax.Array, values: jax.Array, indices: jax.Array, compiler_params: Any = None, interpret: bool = False
+) -> jax.Array:
     """As cltjax.sparse_products.gather_sum, of table [F, M]; every index is a feature's."""
     n, C = indices.shape
     starts = jnp.arange(n + 1, dtype=jnp.int32) * C
-    return sum_rows(table, values.reshape(-1), indices.reshape(-1), starts, interpret)
+    return sum_rows(table, values.reshape(-1), indices.reshape(-1), starts, compiler_params, interpret)
 
 
 def scatter_sum(
-    values: jax.Array, indices: jax.Array, rows: jax.Array, features: int, interpret: bool = False
+    values: jax.Array,
+    indices: jax.Array,
+    rows: jax.Array,
+    features: int,
+    compiler_params: Any = None,
+    interpret: bool = False,
 ) -> jax.Array:
     """As cltjax.sparse_products.scatter_sum, of rows [n, M]."""
     order, starts = by_feature(indices, features)
-    return sum_rows(rows, values.reshape(-1)[order], order // indices.shape[1], starts, interpret)
+    return sum_rows(rows, values.reshape(-1)[order], order // indices.shape[1], starts, compiler_params, interpret)
 
 
-def gather_dot(table: jax.Array, rows: jax.Array, indices: jax.Array, interpret: bool = False) -> jax.Array:
+def gather_dot(
+    table: jax.Array, rows: jax.Array, indices: jax.Array, compiler_params: Any = None, interpret: bool = False
+) -> jax.Array:
     """As cltjax.sparse_products.gather_dot, of table [F, M] and rows [n, M]; every index is a feature's."""
     (n, C), M = indices.shape, table.shape[1]
     block = min(BLOCK, M)
@@ -89,6 +107,7 @@ def gather_dot(table: jax.Array, rows: jax.Array, indices: jax.Array, interpret:
         grid=(n, C),
         in_specs=[anywhere] * 3,
         out_specs=anywhere,
+        compiler_params=compiler_params,
         interpret=interpret,
     )
     return call(table, rows, indices)

@@ -3,10 +3,10 @@
     python -m benchmarks.products                                  # results/products_cpu.txt or products_gpu.txt
     python -m benchmarks.products --shapes 8192,4096,4096,32 --dtype float32
 
-A shape is F,M,n,C: features, numbers in a feature's row, tokens, slots of a token. Ways take turns; figures are
-medians.
-GB/s is of the rows that the slots name, each read once (and, in scatter_sum's result, each number written once): of a
-way that moves more it is less than what it moves. A way that does not run on this device is named with the reason.
+A shape is F,M,n,C: features, numbers in a feature's row, tokens, slots of a token. Ways take turns, and figures are
+medians. GB/s is of the rows that the slots name, each read once (and, in scatter_sum's result, each number written
+once): of a way that moves more it is less than what it moves. A way that does not run on this device is named with the
+reason.
 """
 
 import argparse
@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu, triton
 from rich.table import Table
 
 from benchmarks import pallas_products
@@ -73,6 +74,12 @@ def loops(product: Way) -> dict[str, Way]:
     return {f"loop, {slots} slots a turn": way(slots) for slots in UNROLLS}
 
 
+def pallas(product: Way) -> dict[str, Way]:
+    """A Pallas kernel by either of its compilers."""
+    compilers = {"mosaic": mosaic_gpu.CompilerParams(), "triton": triton.CompilerParams()}
+    return {f"pallas, {name}": partial(product, compiler_params=params) for name, params in compilers.items()}
+
+
 def products(shape: Sequence[int], dtype: str) -> list[Product]:
     """What is to be done at a shape, on noise. Rows are those of the features that rank highest: at random places."""
     F, M, n, C = shape
@@ -87,7 +94,7 @@ def products(shape: Sequence[int], dtype: str) -> list[Product]:
             "gather_sum",
             (table, values, indices),
             of_table,
-            {**loops(sparse_products.gather_sum), "pallas": pallas_products.gather_sum},
+            {**loops(sparse_products.gather_sum), **pallas(pallas_products.gather_sum)},
         ),
         Product(
             "gather_dot",
@@ -96,7 +103,7 @@ def products(shape: Sequence[int], dtype: str) -> list[Product]:
             {
                 "by row": sparse_products.gather_dot_by_row,
                 **loops(sparse_products.gather_dot_loop),
-                "pallas": pallas_products.gather_dot,
+                **pallas(pallas_products.gather_dot),
             },
         ),
         Product(
@@ -106,7 +113,7 @@ def products(shape: Sequence[int], dtype: str) -> list[Product]:
             {
                 "by row": partial(sparse_products.scatter_sum_by_row, features=F),
                 **loops(partial(sparse_products.scatter_sum_loop, features=F)),
-                "pallas": partial(pallas_products.scatter_sum, features=F),
+                **pallas(partial(pallas_products.scatter_sum, features=F)),
             },
         ),
         Product("top_k", (rank,), rank.nbytes, {"whole": partial(sparsity.whole_top_k, k=C)}),
@@ -114,6 +121,12 @@ def products(shape: Sequence[int], dtype: str) -> list[Product]:
     if F >= sparsity.LONG * C and F % sparsity.RUN == 0:
         found[-1].ways["by runs"] = partial(sparsity.top_k, k=C)
     return found
+
+
+@jax.jit
+def difference(one: jax.Array, other: jax.Array) -> jax.Array:
+    """The largest, as a share of the largest number; made on the device, as results may have gigabytes."""
+    return jnp.abs(one - other).max() / jnp.abs(other).max()
 
 
 def measure(product: Product, rounds: int) -> None:
@@ -127,11 +140,11 @@ def measure(product: Product, rounds: int) -> None:
             product.faults[name] = (str(error) or type(error).__name__).splitlines()[0][:80]
             compiled.pop(name, None)
             continue
-        values = np.asarray(found[0] if isinstance(found, tuple) else found)
+        values = found[0] if isinstance(found, tuple) else found
         if first is None:
             first = values
-        elif not np.allclose(values, first, rtol=1e-3, atol=1e-3 * np.abs(first).max()):
-            product.faults[name] = f"differs from the first way by up to {np.abs(values - first).max():.3g}"
+        elif not (off := float(difference(values, first))) < 1e-3:
+            product.faults[name] = f"differs from the first way by up to {off:.3g} of the largest number"
             compiled.pop(name)
     product.seconds = {name: [] for name in compiled}
     for _ in range(rounds):
@@ -169,15 +182,14 @@ def main() -> None:
         keep_freed_memory()
     on_cpu = jax.default_backend() == "cpu"
     dtype = options.dtype or ("float32" if on_cpu else "bfloat16")
-    tables = []
+    path = options.results / f"products_{'cpu' if on_cpu else 'gpu'}.txt"
+    device = jax.devices()[0].device_kind
+    publish(path, [f"{machine('jax')}, {device}; {dtype} table, {options.rounds} rounds"])
     for shape in options.shapes or (ON_CPU if on_cpu else ON_GPU):
         found = products(shape, dtype)
         for product in found:
             measure(product, options.rounds)
-        tables.append(table(shape, found))
-    device = jax.devices()[0].device_kind
-    said = f"{machine('jax')}, {device}; {dtype} table, {options.rounds} rounds"
-    publish(options.results / f"products_{'cpu' if on_cpu else 'gpu'}.txt", [said, *tables])
+        publish(path, [table(shape, found)], append=True)  # what is measured stays if the next is too much
 
 
 if __name__ == "__main__":

@@ -236,7 +236,10 @@ class Batches:
         self.positions = everywhere if positions is None else everywhere[positions]
         self.streams: list[Stream] = []
         returned = []
-        for number, (rows, slots) in enumerate(shares(store, rules, batch_size)):
+        strata = shares(store, rules, batch_size)
+        # All that batches take, whoever takes them, ascending.
+        self.train_rows = np.sort(np.concatenate([rows for rows, _ in strata]))
+        for number, (rows, slots) in enumerate(strata):
             buffer_rows = most_rows * len(slots) // batch_size
             page_rows = data.page_rows or page_size(buffer_rows)
             own_seed = seed if number == 0 else other_seed(seed, number)
@@ -263,10 +266,6 @@ class Batches:
     def rows(self, step: int) -> np.ndarray:
         """The numbers [b] of the rows that the batch of one step has. Reads nothing."""
         return np.concatenate([stream.rows(step) for stream in self.streams])[self.gather]
-
-    def train_rows(self) -> np.ndarray:
-        """The numbers of all rows that batches take, ascending."""
-        return np.sort(np.concatenate([stream.order.rows for stream in self.streams]))
 
     def read(self, rows: np.ndarray) -> Batch:
         """Rows by their numbers, as a batch has them."""

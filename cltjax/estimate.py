@@ -256,7 +256,7 @@ def cached(z: Sizes, config: TrainConfig, shape: ModelShape) -> dict[str, int]:
     if not config.device_cache:
         return {}
     if shape.train_rows is None:
-        raise UserError("--device-cache keeps as many rows as the store has: name --store, or leave it out")
+        raise UserError("--device-cache keeps as many rows as the store has: name --store, and no --model-layers")
     scales = SCALE_BYTES if shape.dtype == "int8" else 0
     return {"train rows": shape.train_rows * (z.S + z.T) * (z.D * z.held + scales)}
 

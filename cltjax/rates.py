@@ -71,8 +71,8 @@ def gather_rate(z: Sizes, dtype: str) -> float:
     n = max(1, 4 * F // C)
     key = jax.random.key(0)
     table = jax.random.normal(key, (F, M)).astype(dtype)
-    # A token has a feature once: so many steps apart, from a random one on. An odd number of them, as rows that lie a
-    # power of two apart would all want the same places in a processor's caches.
+    # A token has a feature once: so many steps apart, from a random one on. The number is odd, as rows that lie a power
+    # of two apart would all want the same places in a processor's caches.
     indices = (jax.random.randint(key, (n, 1), 0, F) + jnp.arange(C) * ((F // C - 1) | 1)) % F
     rows, values = jnp.ones((n, M)), jnp.ones((n, C))
     products = jax.jit(

@@ -251,7 +251,9 @@ def train(config: TrainConfig, stop_after: int | None = None) -> Path:
             state, meta = checkpoints.restore(last, abstract_state(config, wiring, scales, mesh))
             say(f"resuming {run} at step {last}")
         say_plan(config, store, rules, wiring, run)
-        if last is None and (advice := batches.advice()):  # a run that goes on has to stay as it began
+        if (
+            last is None and not config.device_cache and (advice := batches.advice())
+        ):  # a run that goes on has to stay as it began
             say(advice)
         frozen = with_room(store, inputs, wiring.targets, rules, frozen, arrays, mesh)
         records = opened.enter_context(closing(Lines(run / METRICS, meta.get("metrics_bytes", 0))))

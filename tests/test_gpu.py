@@ -27,7 +27,7 @@ def test_each_part_ends_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture)
     parts = [
         Part("two", 60, lambda out, work: [python("print('first')"), python("print('second')")]),
         Part("fails", 60, lambda out, work: [python("print('so'); raise SystemExit(3)"), python("print('never')")]),
-        Part("hangs", 1, lambda out, work: [python(HANGS)]),
+        Part("hangs", 5, lambda out, work: [python(HANGS)]),
         Part("last", 60, lambda out, work: [python(f"open({str(out / 'found')!r}, 'w').write({str(work)!r})")]),
     ]
     began = time.monotonic()
@@ -38,11 +38,11 @@ def test_each_part_ends_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture)
     ended = dict(line.split(": ", 1) for line in summary[2:])
     assert list(ended) == ["two", "fails", "hangs", "last"]
     assert ended["two"].startswith("done in ") and ended["last"].startswith("done in ")
-    assert ended["fails"].startswith("status 3 after ") and ended["hangs"] == "stopped after 1 s"
+    assert ended["fails"].startswith("status 3 after ") and ended["hangs"] == "stopped after 5 s"
     two, fails, hangs = ((tmp_path / f"results/{name}.txt").read_text() for name in ("two", "fails", "hangs"))
     assert [line for line in two.splitlines() if not line.startswith("$")] == ["first", "second"]
     assert "so\n" in fails and "\nnever" not in fails
-    child = int(hangs.split("child ")[-1])
+    (child,) = re.findall(r"^child (\d+)$", hangs, re.MULTILINE)
     status = Path(f"/proc/{child}/status")
     assert not status.exists() or "State:\tZ" in status.read_text()  # what a part started is gone too
     assert not Path((tmp_path / "results/found").read_text()).exists()  # nor is its working folder left
