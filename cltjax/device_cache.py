@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cltjax.batches import Batch, Batches
+from cltjax.batches import Batches
 from cltjax.distributed import place, say
 from cltjax.errors import UserError
 
@@ -65,13 +65,8 @@ class DeviceCache:
         return np.searchsorted(self.rows, self.batches.rows(step)).astype(np.int32)
 
     def batch(self, places: np.ndarray) -> tuple[jax.Array, jax.Array]:
-        """x [M, B/M, S, D], y [M, B/M, T, D], split over `data`, as `to_devices` has them."""
+        """x [M, B/M, S, D], y [M, B/M, T, D], split over `data`, as `place_batch` makes them of what was read."""
         return self.take(self.table, place(places, self.mesh, self.batch_size, self.microbatches))
-
-
-def to_devices(batch: Batch, mesh: Mesh, batch_size: int, microbatches: int) -> tuple[jax.Array, jax.Array]:
-    """A batch as `Batches` read it -> x [M, B/M, S, D], y [M, B/M, T, D], split over `data`."""
-    return place(batch.x, mesh, batch_size, microbatches), place(batch.y, mesh, batch_size, microbatches)
 
 
 def check_room(size: int, rows: int, mesh: Mesh) -> None:

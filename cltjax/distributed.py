@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from cltjax.batches import Batch
 from cltjax.config import ProcessesConfig, parse_mesh
 from cltjax.errors import UserError
 
@@ -187,6 +188,11 @@ def place(rows: np.ndarray, mesh: Mesh, batch_size: int, microbatches: int) -> j
         return local[:, own.index((index[1].start or 0) // local.shape[2])]
 
     return jax.make_array_from_callback(whole, NamedSharding(mesh, P(None, "data")), shard)
+
+
+def place_batch(batch: Batch, mesh: Mesh, batch_size: int, microbatches: int) -> tuple[jax.Array, jax.Array]:
+    """A batch as it was read -> x [M, B/M, S, D], y [M, B/M, T, D], split over `data`."""
+    return place(batch.x, mesh, batch_size, microbatches), place(batch.y, mesh, batch_size, microbatches)
 
 
 def spread(rows: np.ndarray, mesh: Mesh, axis: int = 0) -> jax.Array:

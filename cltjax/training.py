@@ -36,7 +36,7 @@ from cltjax.checkpoint import (
 )
 from cltjax.clt import CLT
 from cltjax.config import ProcessesConfig, TrainConfig, as_json, k_values
-from cltjax.device_cache import DeviceCache, to_devices
+from cltjax.device_cache import DeviceCache
 from cltjax.distributed import (
     agree,
     check_divides,
@@ -44,6 +44,7 @@ from cltjax.distributed import (
     is_main,
     make_mesh,
     own_positions,
+    place_batch,
     say,
     start,
     together,
@@ -251,9 +252,8 @@ def train(config: TrainConfig, stop_after: int | None = None) -> Path:
             state, meta = checkpoints.restore(last, abstract_state(config, wiring, scales, mesh))
             say(f"resuming {run} at step {last}")
         say_plan(config, store, rules, wiring, run)
-        if (
-            last is None and not config.device_cache and (advice := batches.advice())
-        ):  # a run that goes on has to stay as it began
+        begins = last is None  # a run that goes on has to stay as it began
+        if begins and not config.device_cache and (advice := batches.advice()):
             say(advice)
         frozen = with_room(store, inputs, wiring.targets, rules, frozen, arrays, mesh)
         records = opened.enter_context(closing(Lines(run / METRICS, meta.get("metrics_bytes", 0))))
@@ -263,9 +263,10 @@ def train(config: TrainConfig, stop_after: int | None = None) -> Path:
         split = mesh, config.batch_size, config.microbatches
         with together():
             cache = DeviceCache(batches, *split) if config.device_cache else None
-        feed = (
-            Feed(batches, lambda batch: to_devices(batch, *split)) if cache is None else Feed(cache.places, cache.batch)
-        )
+        if cache is None:
+            feed = Feed(batches, lambda batch: place_batch(batch, *split))
+        else:
+            feed = Feed(cache.places, cache.batch)
         make = partial(make_step, config, graph, mesh, frozen)
         validate = partial(validation, config, graph, mesh, store, inputs, rules, frozen, arrays)
         loop = Loop(config, make(), arrays, feed, checkpoints, records, timings, validate)

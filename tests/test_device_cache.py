@@ -9,8 +9,8 @@ import pytest
 
 from cltjax.batches import Batches
 from cltjax.config import DataConfig, LogConfig, ModelConfig, TokensConfig, TrainConfig
-from cltjax.device_cache import DeviceCache, check_room, to_devices
-from cltjax.distributed import make_mesh, own_positions
+from cltjax.device_cache import DeviceCache, check_room
+from cltjax.distributed import make_mesh, own_positions, place_batch
 from cltjax.errors import UserError
 from cltjax.estimate import ModelShape, assumed_rates, estimate, shape_of_store
 from cltjax.store import ActivationStore
@@ -64,7 +64,7 @@ def test_batches_are_those_that_are_read(request, dtype, mesh, microbatches, ima
     cache = DeviceCache(batches, *shape)
     assert cache.rows.tolist() == sorted(rules.rows("train"))
     for step in (0, 1, 2, 19, 5):
-        wanted, found = to_devices(batches(step), *shape), cache.batch(cache.places(step))
+        wanted, found = place_batch(batches(step), *shape), cache.batch(cache.places(step))
         for one, other in zip(wanted, found, strict=True):
             assert one.dtype == other.dtype and one.sharding == other.sharding
             assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
